@@ -1,0 +1,380 @@
+"""Everything that a run can be told: frozen dataclasses, one per concern, and the presets that fill them.
+
+Flags beat the file given by `--config`, the file beats the preset, the preset beats the defaults below, which are
+the paper's settings for Fashion-MNIST on the excerpt that ships with the package.
+This module knows nothing of processes, files or devices; whether a root exists is found out where it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fdiff.errors import UserError
+
+Method = Literal["full", "usplit", "ulatdec", "udec"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Who trains, how often, and how the clients' parameters are weighted (paper, section 3)."""
+
+    clients: int = 5
+    """K, the number of clients."""
+    rounds: int = 15
+    """R, the number of communication rounds."""
+    local_epochs: int = 5
+    """E, the epochs that each selected client trains in a round."""
+    fraction: float = 1.0
+    """C, the share of the clients selected in a round, in (0, 1]; at least one client is."""
+    weighting: Literal["size", "uniform"] = "size"
+    """Weight of a reporter in the average: its number of images, or the same for all."""
+    keep_optimizer: bool = False
+    """Keep each client's Adam moments from round to round instead of a fresh Adam a round (the paper's)."""
+    on_client_failure: Literal["stop", "drop"] = "stop"
+    """When a client's training fails: stop the run, or go on without that client for the round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they are split among the clients."""
+
+    dataset: Literal["embedded", "fashion-mnist", "celeba", "cifar10", "folder"] = "embedded"
+    """The data set; `embedded` is an excerpt of Fashion-MNIST in the package (2,000 + 500 images)."""
+    root: str | None = None
+    """Folder of the data set; with partition `private` a template with {client}: a folder or an HDF5 file each."""
+    image_side: int = 28
+    """Side of the square images, in pixels; images of another side are resized by area."""
+    channels: int = 1
+    """1 (greyscale) or 3 (RGB)."""
+    partition: Literal["iid", "label-skew", "quantity-skew", "private"] = "iid"
+    """How the training images are split; `private`: not at all, each client has its own folder or file."""
+    beta: float = 0.5
+    """Concentration of the Dirichlet distribution of the two skews; smaller is more skewed."""
+    seed: int = 2023
+    """Seed of the split, for NumPy's legacy generator."""
+    limit: int | None = None
+    """Use only the first so many training images (of each client with `private`)."""
+    test_limit: int | None = None
+    """Use only the first so many test images."""
+    in_memory: Literal["auto", "always", "never"] = "auto"
+    """Keep a client's images on the device as uint8; `auto`: where they take at most half of the free memory."""
+    workers: int = 2
+    """Loader processes for images that do not fit in memory."""
+    download: bool = False
+    """Download Fashion-MNIST through torchvision where the root lacks it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The UNet with ConvNeXt blocks; the defaults are the paper's for Fashion-MNIST (2,996,315 parameters)."""
+
+    dim: int = 28
+    """Width of the first stage, in channels."""
+    dim_mults: tuple[int, ...] = (1, 2, 4)
+    """Width of each stage as a multiple of dim; the image is halved between stages."""
+    heads: int = 4
+    """Attention heads."""
+    head_dim: int = 32
+    """Channels of an attention head."""
+    classes: int = 0
+    """Condition on so many class labels; 0: unconditional, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The forward process: a linear noise schedule."""
+
+    timesteps: int = 1000
+    """T, the number of diffusion steps."""
+    beta_start: float = 1e-4
+    """Noise variance of the first timestep."""
+    beta_end: float = 0.02
+    """Noise variance of the last timestep, included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Local training: Adam with default betas on the Huber loss of the predicted noise."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    batch_size: int = 128
+    """B, images a step; the last short batch of an epoch is kept."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of each client's weights; 0: none, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn from a model."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """Ancestral sampling over all T steps with the fixed posterior variance, or DDIM with fewer."""
+    steps: int = 50
+    """Steps of DDIM, at most diffusion.timesteps."""
+    clip: bool = False
+    """Clamp the predicted clean image to [-1, 1] at each step."""
+    images: int = 16
+    """Images of a sample grid (of each client where clients keep private parts)."""
+    every: int = 5
+    """Rounds between two sample grids; the last round always has one; 0: none."""
+    batch_size: int = 64
+    """Images a sampling step; part of the result's last bits, so it does not follow the number of ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the run leaves behind, and the one seed from which all its randomness derives."""
+
+    dir: str | None = None
+    """Run folder; by default runs/DATASET-METHOD-PARTITION-kK-eE-sSEED."""
+    seed: int = 0
+    """The seed of every random stream but the data split's."""
+    checkpoint_every: int = 1
+    """Rounds between two checkpoints; the last round always has one."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints kept, at least 2."""
+    keep_local: bool = False
+    """Save with each client also its shared parts as it trained them, before the average: see `evaluate --local`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how the job runs; nothing here may change the result but for rounding."""
+
+    comm: Literal["auto", "torch", "mpi", "none"] = "auto"
+    """Communicator: torch.distributed, MPI, a world of one, or what the launcher suggests."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; `auto`: a GPU if there is one."""
+    share_gpu: bool = False
+    """Let several ranks share a GPU; they then communicate over gloo instead of NCCL."""
+    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
+    """Arithmetic of the model; parameters are float32 except under float64."""
+    reduction: Literal["fast", "ordered"] = "fast"
+    """Sum of the reporters by all-reduce, or in client order: then bit-equal for any number of ranks."""
+    threads: int | None = None
+    """CPU threads a rank; by default an equal share of the cores, or 1 with reduction `ordered`."""
+    timeout_s: float = 1800.0
+    """Seconds that a rank waits for the others before it names the missing one and ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. Raises UserError in one line if a value is out of its range."""
+
+    method: Method = "full"
+    """What is shared: full (all), usplit (all, a half by each), ulatdec (bottleneck, decoder), udec (decoder)."""
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder, given or derived from what the run is."""
+        fed, data = self.federation, self.data
+        name = f"{data.dataset}-{self.method}-{data.partition}-k{fed.clients}-e{fed.local_epochs}-s{self.run.seed}"
+        return Path(self.run.dir or f"runs/{name}")
+
+
+GROUPS: dict[str, type] = {
+    "federation": FederationConfig,
+    "data": DataConfig,
+    "model": ModelConfig,
+    "diffusion": DiffusionConfig,
+    "optim": OptimConfig,
+    "sample": SampleConfig,
+    "run": RunConfig,
+    "runtime": RuntimeConfig,
+}
+
+# Field: (predicate, what would be right). Types and choices are checked first, from the annotations.
+_LIMITS: dict[str, tuple[Any, str]] = {
+    "federation.clients": (lambda v: v >= 1, "at least 1"),
+    "federation.rounds": (lambda v: v >= 1, "at least 1"),
+    "federation.local_epochs": (lambda v: v >= 1, "at least 1"),
+    "federation.fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "data.image_side": (lambda v: 1 <= v <= 4096, "between 1 and 4096 pixels"),
+    "data.channels": (lambda v: v in (1, 3), "1 or 3"),
+    "data.beta": (lambda v: v > 0, "greater than 0"),
+    "data.seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
+    "data.limit": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "data.test_limit": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "data.workers": (lambda v: v >= 0, "at least 0"),
+    "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
+    "model.dim_mults": (lambda v: 1 <= len(v) <= 8 and all(1 <= m <= 64 for m in v), "1 to 8 numbers from 1 to 64"),
+    "model.heads": (lambda v: 1 <= v <= 64, "between 1 and 64"),
+    "model.head_dim": (lambda v: 1 <= v <= 1024, "between 1 and 1024"),
+    "model.classes": (lambda v: 0 <= v <= 100_000, "0 (unconditional) or the number of classes"),
+    "diffusion.timesteps": (lambda v: 2 <= v <= 100_000, "between 2 and 100000"),
+    "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "optim.lr": (lambda v: v > 0, "greater than 0"),
+    "optim.batch_size": (lambda v: v >= 1, "at least 1"),
+    "optim.ema": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "sample.steps": (lambda v: v >= 1, "at least 1"),
+    "sample.images": (lambda v: v >= 1, "at least 1"),
+    "sample.every": (lambda v: v >= 0, "at least 0"),
+    "sample.batch_size": (lambda v: v >= 1, "at least 1"),
+    "run.seed": (lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
+    "run.checkpoint_every": (lambda v: v >= 1, "at least 1"),
+    "run.keep_checkpoints": (lambda v: v >= 2, "at least 2"),
+    "runtime.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "runtime.timeout_s": (lambda v: v > 0, "greater than 0 seconds"),
+}
+
+
+def validate(config: Config) -> None:
+    """Check types, choices, ranges and the fields that depend on each other; UserError names field and remedy."""
+    for name, value, annotation in _leaves(config):
+        _check_type(name, value, annotation)
+        allowed, right = _LIMITS.get(name, (lambda _: True, ""))
+        if not allowed(value):
+            raise UserError(f"{name}: {value!r} is not valid; it must be {right}")
+    _check_relations(config)
+
+
+def _leaves(config: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value, annotation) of every field, e.g. ("federation.clients", 5, int)."""
+    leaves = [("method", config.method, Method)]
+    for group, cls in GROUPS.items():
+        if not isinstance(getattr(config, group), cls):
+            raise UserError(f"{group}: {getattr(config, group)!r} is not valid; it must be a {cls.__name__}")
+        hints = get_type_hints(cls)
+        leaves += [(f"{group}.{n}", getattr(getattr(config, group), n), h) for n, h in hints.items()]
+    return leaves
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            raise UserError(f"{name}: {value!r} is not valid; choose one of {', '.join(get_args(annotation))}")
+        return
+    if get_origin(annotation) is tuple:
+        if not (isinstance(value, tuple) and all(type(v) is int for v in value)):
+            raise UserError(f"{name}: {value!r} is not valid; it must be a list of whole numbers")
+        return
+    allowed = get_args(annotation) or (annotation,)
+    number = float in allowed and type(value) is int
+    if type(value) not in allowed and not number:
+        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise UserError(f"{name}: {value!r} is not valid; it must be of type {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}: {value!r} is not valid; it must be a finite number")
+
+
+def _check_relations(config: Config) -> None:
+    data, model, diffusion = config.data, config.model, config.diffusion
+    factor = 2 ** (len(model.dim_mults) - 1)
+    if data.image_side % factor:
+        below = max(factor, data.image_side // factor * factor)
+        raise UserError(
+            f"data.image_side: {data.image_side} cannot be halved evenly by the {len(model.dim_mults)} stages of "
+            f"model.dim_mults; it must be a multiple of {factor}, e.g. {below}"
+        )
+    if diffusion.beta_start > diffusion.beta_end:
+        raise UserError(
+            f"diffusion.beta_start: {diffusion.beta_start} is not valid; it must be at most diffusion.beta_end = "
+            f"{diffusion.beta_end}"
+        )
+    if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:
+        raise UserError(
+            f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
+            f"{diffusion.timesteps}"
+        )
+    if data.partition == "private" and "{client}" not in (data.root or ""):
+        raise UserError(
+            f"data.root: {data.root!r} is not valid with data.partition private; it must be a path with {{client}} "
+            "in it, e.g. /data/site-{client} or /data/site-{client}.h5"
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of JSON types; `from_dict` is its inverse."""
+    return {
+        k: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
+        for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Config of a nested dict, as `to_dict` makes it; UserError names a field that is unknown or of a wrong type."""
+    values = dict(values)
+    groups: dict[str, Any] = {}
+    for group, cls in GROUPS.items():
+        given = values.pop(group, {})
+        if not isinstance(given, dict):
+            raise UserError(f"{group}: {given!r} is not valid; it must be a group of fields")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(given) - known:
+            name = min(map(str, unknown))
+            raise UserError(f"{group}.{name}: no such field; {group} has {', '.join(sorted(known))}")
+        given = {k: tuple(v) if k == "dim_mults" and isinstance(v, list) else v for k, v in given.items()}
+        groups[group] = cls(**given)
+    if unknown := set(values) - {"method"}:
+        raise UserError(f"{min(map(str, unknown))}: no such field; there are method, {', '.join(GROUPS)}")
+    return Config(**values, **groups)
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+_VARIANTS = re.compile(r"(fmnist|celeba|mini)((?:-k\d+)?(?:-e\d+)?(?:-label-skew|-quantity-skew)?)")
+PRESETS = (
+    "fmnist, celeba or mini, each also with -kK, -eE, -label-skew or -quantity-skew behind it, in this order "
+    "(fmnist-k10-e5-label-skew)"
+)
+
+
+def preset(name: str) -> Config:
+    """The configuration of that name, e.g. `fmnist`, `fmnist-k10-e1-label-skew`, `celeba`, `mini`."""
+    match = _VARIANTS.fullmatch(name)
+    if not match:
+        raise UserError(f"--preset: {name!r} is not a preset; there are {PRESETS}")
+    config = {"fmnist": fmnist, "celeba": celeba, "mini": mini}[match[1]]()
+    variant = match[2]
+    fed = config.federation
+    if k := re.search(r"-k(\d+)", variant):
+        fed = replace(fed, clients=int(k[1]))
+    if e := re.search(r"-e(\d+)", variant):
+        fed = replace(fed, local_epochs=int(e[1]))
+    skew = re.search(r"(label|quantity)-skew", variant)
+    return replace(config, federation=fed, data=replace(config.data, partition=skew[0]) if skew else config.data)
+
+
+def fmnist() -> Config:
+    """The paper's Fashion-MNIST: 60,000 images of 28×28×1, R = 15, K = 5, E = 5, B = 128, dim 28."""
+    return Config(data=DataConfig(dataset="fashion-mnist"))
+
+
+def celeba() -> Config:
+    """The paper's CelebA: 64×64×3, R = 30, K = 5, E = 5, B = 64, dim 64."""
+    return Config(
+        federation=FederationConfig(rounds=30),
+        data=DataConfig(dataset="celeba", image_side=64, channels=3),
+        model=ModelConfig(dim=64),
+        optim=OptimConfig(batch_size=64),
+    )
+
+
+def mini() -> Config:
+    """Two cores, under three minutes, clothes instead of noise: the embedded images at 16×16, 2 clients, UDEC."""
+    return Config(
+        method="udec",
+        federation=FederationConfig(clients=2, rounds=14, local_epochs=3, keep_optimizer=True),
+        data=DataConfig(image_side=16),
+        model=ModelConfig(dim=16, head_dim=8),
+        optim=OptimConfig(lr=2e-3, batch_size=64, ema=0.98),
+        sample=SampleConfig(sampler="ddim", clip=True),
+    )
