@@ -1,0 +1,51 @@
+"""Communicators. `connect` makes the one that the configuration and the launcher call for.
+
+The only package that imports torch.distributed or mpi4py.
+"""
+
+from __future__ import annotations
+
+from fdiff import launcher
+from fdiff.comm.base import Communicator, Ledger, LostRanks, agree, exchange_json, gather
+from fdiff.comm.solo import SoloCommunicator
+from fdiff.config import RuntimeConfig
+from fdiff.errors import UserError
+
+__all__ = ["Communicator", "Ledger", "LostRanks", "SoloCommunicator", "agree", "connect", "exchange_json", "gather"]
+
+
+def connect(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:
+    """Join the other ranks, for control only; `Communicator.open` makes it ready for payload.
+
+    UserError if the launcher and `runtime.comm` do not fit together.
+    """
+    kind = runtime.comm
+    if kind == "auto":
+        kind = {"none": "none", "openmpi": "mpi", "mpich": "mpi"}.get(launch.launcher, "torch")
+    if kind == "none":
+        if launch.size > 1:
+            raise UserError(
+                f"runtime.comm: 'none' is a world of one, but {launch.launcher} started {launch.size} ranks; "
+                "use auto, torch or mpi"
+            )
+        return SoloCommunicator()
+    launcher.stay_on_loopback(launch)
+    if kind == "mpi":
+        from fdiff.comm.mpi import MpiCommunicator
+
+        return MpiCommunicator(launch, runtime.timeout_s)
+    return _connect_torch(runtime, launch)
+
+
+def _connect_torch(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:
+    from fdiff.comm import torch_dist
+
+    place = launcher.rendezvous(launch)
+    if place is None and launch.launcher == "none":
+        raise UserError("runtime.comm: 'torch' needs a launcher; start the job with torchrun, mpirun or srun")
+    if place is None:
+        from fdiff.comm.mpi import agree_on_rendezvous
+
+        place = agree_on_rendezvous(launch, runtime.timeout_s)
+    store = torch_dist.tcp_store(place.address, place.port, place.serve, place.attempt, launch.size, runtime.timeout_s)
+    return torch_dist.TorchCommunicator(store, launch.rank, launch.size, runtime.timeout_s)

@@ -1,0 +1,203 @@
+"""Ranks over MPI, through mpi4py: collectives in place on the tensors' memory.
+
+GPU tensors are handed over by their device pointers if the library says that it is CUDA-aware, else they travel
+through one pinned host buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fdiff.comm.base import Ledger, check_devices
+from fdiff.comm.common import LINGER_S, Groups, HostBuffer
+from fdiff.comm.mpi_control import MpiControl
+from fdiff.comm.mpi_library import library_name, start_mpi, takes_device_pointers
+from fdiff.launcher import Launch, Rendezvous
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm, Request
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 2**30  # before MPI-4 counts are C ints; and some libraries of that time multiply them as such
+GROUP_TAG, TENSOR_TAG = 4, 5
+
+_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.uint8: "UINT8_T", torch.int64: "INT64_T"}
+
+
+class MpiCommunicator:
+    """A communicator over MPI_COMM_WORLD. UserError if MPI is missing or its world is not the launcher's."""
+
+    name = "mpi"
+
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        self._MPI = start_mpi(launch)
+        self._world = self._MPI.COMM_WORLD.Dup()
+        self._control = MpiControl(self._MPI, self._MPI.COMM_WORLD.Dup(), timeout_s)
+        self.rank, self.size = launch.rank, launch.size
+        self.ledger = Ledger()
+        self._groups: Groups[Intracomm | None] = Groups(self._create, self._free)
+        self._host = HostBuffer()
+        self._device_pointers = False
+        self._chunk_bytes = CHUNK_BYTES if self._MPI.Get_version() < (4, 0) else sys.maxsize
+
+    def open(self, device: torch.device, share_gpu: bool = False) -> None:
+        """See Communicator. UserError on all ranks if two share a GPU unasked."""
+        check_devices(self, device, share_gpu)
+        if device.type == "cuda":
+            self._device_pointers = takes_device_pointers(self._MPI)
+            way = "by device pointer" if self._device_pointers else "through pinned host memory (it is not CUDA-aware)"
+            log.info("%s moves GPU tensors %s", library_name(self._MPI), way)
+
+    # --- payload
+
+    def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
+        """See Communicator. The ledger counts a ring's bytes, 2(r-1)/r of the tensor, whatever the library chose."""
+        comm = self._group(ranks)
+        if comm is None:
+            return
+        self.ledger.count(2 * (len(ranks) - 1) / len(ranks) * tensor.nbytes)
+        with self._reachable(tensor) as buffer:
+            self._each_chunk(buffer, lambda b: comm.Iallreduce(self._MPI.IN_PLACE, b), "all-reduce", ranks)
+
+    def broadcast(self, tensor: Tensor, source: int, ranks: Sequence[int]) -> None:
+        """See Communicator. m receivers cost m tensors, shared evenly in the ledger."""
+        comm = self._group(ranks)
+        if comm is None:
+            return
+        self.ledger.count((len(ranks) - 1) / len(ranks) * tensor.nbytes)
+        root = list(ranks).index(source)
+        with self._reachable(tensor, load=self.rank == source, store=self.rank != source) as buffer:
+            self._each_chunk(buffer, lambda b: comm.Ibcast(b, root), "broadcast", ranks)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """See Communicator."""
+        self.ledger.count(tensor.nbytes)
+        with self._reachable(tensor, store=False) as buffer:
+            pair = (self.rank, to)
+            self._each_chunk(buffer, lambda b: self._world.Isend(b, to, TENSOR_TAG), f"send to rank {to}", pair)
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """See Communicator."""
+        with self._reachable(tensor, load=False) as buffer:
+            pair, what = (self.rank, source), f"receive from rank {source}"
+            self._each_chunk(buffer, lambda b: self._world.Irecv(b, source, TENSOR_TAG), what, pair)
+
+    @contextmanager
+    def _reachable(self, tensor: Tensor, load: bool = True, store: bool = True) -> Iterator[Tensor]:
+        """The tensor where MPI can read and write it: itself, or a host copy, `load`ed before and `store`d after."""
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor of strides {tensor.stride()} is not contiguous")
+        if self._in_place(tensor):
+            if tensor.is_cuda:
+                torch.cuda.current_stream(tensor.device).synchronize()  # MPI does not wait for kernels
+            yield tensor
+            return
+        buffer = self._host.like(tensor)
+        if load:
+            buffer.copy_(tensor)
+        yield buffer
+        if store:
+            tensor.copy_(buffer)
+
+    def _in_place(self, tensor: Tensor) -> bool:
+        return not tensor.is_cuda or self._device_pointers
+
+    def _each_chunk(
+        self, tensor: Tensor, start: Callable[[list[Any]], Request], what: str, ranks: Sequence[int]
+    ) -> None:
+        """Run an operation on the tensor's memory, in as many pieces as the library's counts need."""
+        datatype = getattr(self._MPI, _TYPES[tensor.dtype])
+        flat = tensor.view(-1)
+        for piece in flat.split(max(1, self._chunk_bytes // flat.itemsize)):
+            memory = self._MPI.memory.fromaddress(piece.data_ptr(), piece.nbytes)
+            with self._control.naming_errors(what):
+                request = start([memory, piece.numel(), datatype])
+            self._control.watch(request, what, ranks)
+
+    # --- groups
+
+    def _group(self, ranks: Sequence[int]) -> Intracomm | None:
+        """The communicator of these ranks; None on others, and if there is nobody to talk to."""
+        if len(ranks) == self.size:
+            return self._world if self.size > 1 else None
+        return self._groups.of(ranks) if len(ranks) > 1 else None
+
+    def _create(self, ranks: tuple[int, ...]) -> Intracomm | None:
+        self.exchange(b"")  # what follows has no time-out: see first that all are here
+        if self.rank not in ranks:
+            return None
+        with self._control.naming_errors("creation of a group"):
+            group = self._world.Get_group().Incl(ranks)
+            comm = self._world.Create_group(group, GROUP_TAG)
+            comm.Set_errhandler(self._MPI.ERRORS_RETURN)
+            group.Free()
+        return comm
+
+    @staticmethod
+    def _free(comm: Intracomm | None) -> None:
+        if comm is not None:
+            comm.Free()
+
+    # --- control
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """See Communicator."""
+        return self._control.exchange(value)
+
+    def close(self) -> None:
+        """Wait for the others, then free the groups; MPI itself ends with the process."""
+        self.exchange(b"")
+        self._groups.clear()
+
+    def abort(self) -> None:
+        """End all ranks, this one too, with status 1; those that MPI cannot reach any more are mpirun's to kill."""
+        time.sleep(LINGER_S)
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
+            sys.stderr.flush()
+        self._MPI.COMM_WORLD.Abort(1)
+
+
+# --- a meeting place for torch.distributed -------------------------------------------------------------------------
+
+
+def agree_on_rendezvous(launch: Launch, timeout_s: float) -> Rendezvous:
+    """A free port on rank 0's node and an id of this run, which MPI tells to all; MPI is then done, and finalised.
+
+    UserError as for MpiCommunicator. LostRanks if one does not answer in time.
+    """
+    MPI = start_mpi(launch)
+    address = "127.0.0.1" if launch.one_node else reachable_address()
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        mine = [address, listener.getsockname()[1], secrets.token_hex(8)]
+    control = MpiControl(MPI, MPI.COMM_WORLD, timeout_s)
+    address, port, run = json.loads(control.exchange(json.dumps(mine).encode())[0])
+    # While MPI is up a rank cannot end without all others, and from here on torch.distributed decides on that.
+    MPI.Finalize()
+    return Rendezvous(address, port, launch.rank == 0, run)
+
+
+def reachable_address() -> str:
+    """An address of this node by which others reach it: what its name stands for, else the one towards the network."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards:
+        towards.connect(("192.0.2.1", 9))  # of a network that is nobody's; nothing is sent
+        return str(towards.getsockname()[0])
+    return socket.gethostname()

@@ -1,0 +1,166 @@
+"""Ranks over torch.distributed: NCCL where every rank has a GPU of its own, gloo otherwise."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fdiff.comm.base import Ledger, check_devices
+from fdiff.comm.common import Groups, HostBuffer
+from fdiff.comm.control import StoreControl
+from fdiff.errors import RunError
+
+NCCL_GRACE_S = 60.0  # NCCL's own watchdog kills the process when its time is up; ours, which can say why, is earlier
+
+
+class TorchCommunicator:
+    """A communicator over a store that all ranks reach and, once `open` made it, the default process group."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+        self.name = "torch"
+        self.rank, self.size = rank, size
+        self.ledger = Ledger()
+        self._store, self._timeout_s = store, timeout_s
+        # A connection of its own: while torch waits for something in the store, others' use of it has to wait as well.
+        self._control = StoreControl(dist.PrefixStore("control", store.clone()), rank, size, timeout_s)
+        self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
+        self._host = HostBuffer()
+
+    def open(self, device: torch.device, share_gpu: bool = False) -> None:
+        """See Communicator. NCCL for a GPU of one's own, else gloo. UserError on all if ranks share one unasked."""
+        check_devices(self, device, share_gpu)
+        nccl = device.type == "cuda" and not share_gpu
+        self.name = "nccl" if nccl else "gloo"
+
+        def start() -> None:
+            if nccl:
+                torch.cuda.set_device(device)  # of this thread
+            dist.init_process_group(
+                self.name,
+                store=dist.PrefixStore("payload", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self._patience,
+                device_id=device if nccl else None,
+            )
+
+        self._control.watch(start, "start of the process group", range(self.size))
+
+    @property
+    def _patience(self) -> timedelta:
+        return timedelta(seconds=self._timeout_s + (NCCL_GRACE_S if self.name == "nccl" else 0))
+
+    # --- payload
+
+    def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
+        """See Communicator. A ring: each of the r ranks sends 2(r-1)/r of the tensor."""
+        group = self._group(ranks)
+        if self.rank in ranks and len(ranks) > 1:
+            self.ledger.count(2 * (len(ranks) - 1) / len(ranks) * tensor.nbytes)
+            self._payload(tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", ranks)
+
+    def broadcast(self, tensor: Tensor, source: int, ranks: Sequence[int]) -> None:
+        """See Communicator. m receivers cost m tensors, shared evenly in the ledger."""
+        group = self._group(ranks)
+        if self.rank in ranks and len(ranks) > 1:
+            self.ledger.count((len(ranks) - 1) / len(ranks) * tensor.nbytes)
+            self._payload(tensor, lambda t: dist.broadcast(t, source, group=group, async_op=True), "broadcast", ranks)
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """See Communicator."""
+        self.ledger.count(tensor.nbytes)
+        self._payload(tensor, lambda t: dist.isend(t, to), f"send to rank {to}", (self.rank, to))
+
+    def recv(self, tensor: Tensor, source: int) -> None:
+        """See Communicator."""
+        self._payload(tensor, lambda t: dist.irecv(t, source), f"receive from rank {source}", (self.rank, source))
+
+    def _payload(
+        self, tensor: Tensor, start: Callable[[Tensor], dist.Work | None], what: str, ranks: Sequence[int]
+    ) -> None:
+        """Start the operation on the tensor, or on a host copy of a GPU tensor where the backend is gloo; see it end.
+
+        Errors, a peer's too, surface here and not in a later call. LostRanks.
+        """
+        staged = tensor.is_cuda and self.name == "gloo"
+        buffer = self._host.like(tensor).copy_(tensor) if staged else tensor
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+        def run() -> None:
+            with torch.cuda.stream(stream):  # current is what is current in a thread; None changes nothing
+                work = start(buffer)
+                assert work is not None  # this rank is a member
+                work.wait()
+                if stream:
+                    stream.synchronize()
+
+        self._control.watch(run, what, ranks)
+        if staged:
+            tensor.copy_(buffer)
+
+    def _group(self, ranks: Sequence[int]) -> Any:
+        """The group of these ranks; of all ranks the world's, of one rank none."""
+        if len(ranks) == self.size:
+            return dist.group.WORLD
+        return self._groups.of(ranks) if len(ranks) > 1 else None
+
+    def _create(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
+        def create() -> dist.ProcessGroup | int:
+            return dist.new_group(list(ranks), timeout=self._patience)
+
+        return self._control.watch(create, "creation of a group", range(self.size))
+
+    @staticmethod
+    def _free(group: dist.ProcessGroup | int) -> None:
+        if isinstance(group, dist.ProcessGroup):  # else this rank is no member
+            dist.destroy_process_group(group)
+
+    # --- control
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """See Communicator."""
+        return self._control.exchange(value)
+
+    def close(self) -> None:
+        """Wait for the others, then leave."""
+        self.exchange(b"")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._control.leave()
+
+    def abort(self) -> None:
+        """Tell the others; a process group in which something hangs ends only with the process."""
+        self._control.leave(failed=True)
+
+
+def tcp_store(address: str, port: int, serve: bool, attempt: str, size: int, timeout_s: float) -> dist.Store:
+    """The store at a rendezvous, open to this node alone if its address is; RunError if nobody serves it in time."""
+    try:
+        listener = _loopback_listener(port) if serve and address == "127.0.0.1" else None
+        store = dist.TCPStore(
+            address,
+            port,
+            size,
+            is_master=serve,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+    except (RuntimeError, OSError) as error:
+        raise RunError(f"no rendezvous at {address}:{port}: {str(error).splitlines()[0]}") from error
+    return dist.PrefixStore(f"fdiff/{attempt}", store)
+
+
+def _loopback_listener(port: int) -> socket.socket:
+    """TCPStore by itself would listen on every interface."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen(socket.SOMAXCONN)
+    return listener
