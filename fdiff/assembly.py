@@ -1,0 +1,120 @@
+"""Bringing a federation up: each rank opens its clients' images, makes its trainer, goes back to a checkpoint.
+
+Every rank calls these functions; they end in a vote, so that what one rank lacks ends all of them, in one line.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from fdiff import checkpoint, snapshot
+from fdiff import partition as partitions
+from fdiff.client import Client, Trainer
+from fdiff.comm import Communicator, agree, exchange_json
+from fdiff.commit import Committer
+from fdiff.config import Config
+from fdiff.data import Shard, check_labels, open_client_source, open_source
+from fdiff.errors import UserError, one_line
+from fdiff.hosting import Host
+from fdiff.plan import hosted_by
+from fdiff.soundness import has_client_files
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Members:
+    """A rank's clients in their host, n_k of all clients, the writer of checkpoints, and what the run folder notes."""
+
+    host: Host
+    images: dict[int, int]
+    committer: Committer
+    setting: dict[str, Any]
+
+
+def assemble(config: Config, comm: Communicator, device: torch.device) -> Members:
+    """The clients that this rank hosts, ready to train. UserError if there are fewer clients than ranks."""
+    clients = config.federation.clients
+    together(comm, lambda: _check_ranks(clients, comm.size))
+    hosted = hosted_by(comm.rank, clients, comm.size)
+    shards = together(comm, lambda: open_shards(config, hosted, device))
+    setting = _setting(config, comm, device, dict(zip(hosted, shards, strict=True)))
+    images = {row["client"]: row["images"] for row in setting["clients"]}
+    members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
+    host = together(comm, lambda: Host(Trainer(config, device), members))
+    return Members(host, images, _committer(config, comm), setting)
+
+
+def _setting(
+    config: Config, comm: Communicator, device: torch.device, shards: Mapping[int, Shard]
+) -> dict[str, Any]:
+    """Where the ranks run and what the clients hold: images, and counts of labels unless the images are private."""
+    rows = [{"client": client, "images": len(shard)} for client, shard in shards.items()]
+    if config.data.partition != "private":
+        for row, shard in zip(rows, shards.values(), strict=True):
+            row["labels"] = partitions.label_counts(shard.labels.numpy(), [np.arange(len(shard))])[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    everyone = exchange_json(comm, {"host": socket.gethostname(), "device": name, "clients": rows})
+    return {
+        "communicator": comm.name,
+        "ranks": [{"host": rank["host"], "device": rank["device"]} for rank in everyone],
+        "clients": [row for rank in everyone for row in rank["clients"]],
+    }
+
+
+def _check_ranks(clients: int, ranks: int) -> None:
+    if ranks > clients:
+        raise UserError(f"federation.clients: {clients} clients cannot occupy {ranks} ranks; start at most {clients}")
+
+
+def _committer(config: Config, comm: Communicator) -> Committer:
+    attempt = exchange_json(comm, secrets.token_hex(4))[0]
+    files = range(config.federation.clients) if has_client_files(config) else ()
+    return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, leads=comm.rank == 0)
+
+
+def open_shards(config: Config, clients: range, device: torch.device) -> list[Shard]:
+    """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had."""
+    data = config.data
+    if data.partition == "private":
+        sources = [open_client_source(data, client, "train") for client in clients]
+        pairs = [(source, np.arange(len(source))) for source in sources]
+    else:
+        source = open_source(data, "train")
+        split = partitions.partition(
+            source.labels, data.partition, config.federation.clients, data.beta, data.seed
+        )
+        pairs = [(source, split[client]) for client in clients]
+    for source, _ in pairs:
+        check_labels(source, config.model.classes)
+    return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs]
+
+
+def resume_from(members: Members, comm: Communicator) -> int:
+    """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet."""
+    host, run_dir = members.host, members.host.trainer.config.run_dir
+    # Rank 0 alone decides which one is whole: two ranks that look for themselves might see two different ones.
+    newest = together(comm, lambda: snapshot.newest_sound(run_dir) if comm.rank == 0 else None)
+    round = exchange_json(comm, newest.round if newest else 0)[0]
+    if round:
+        folder = checkpoint.folder(run_dir) / checkpoint.generation_name(round)
+        together(comm, lambda: snapshot.restore(folder, host, members.images))
+    return round
+
+
+def together(comm: Communicator, work: Callable[[], T]) -> T:
+    """Do work on every rank, then vote: if it failed on any, all raise that error."""
+    try:
+        result = work()
+    except Exception as error:
+        agree(comm, one_line(error))
+        raise
+    agree(comm)
+    return result

@@ -1,0 +1,296 @@
+"""The round loop of FedDiffuse (arXiv 2406.12575, algorithm 1): select, train, average part by part, evaluate, commit.
+
+The only caller of collectives, each of which every rank reaches in the same order. What fails on one rank between
+two of them is kept until the next vote, which raises it on all: nobody waits for a rank that has given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdiff import evaluate, snapshot
+from fdiff.aggregate import Aggregation
+from fdiff.assembly import Members, assemble, resume_from
+from fdiff.client import Report
+from fdiff.comm import Communicator, agree, exchange_json
+from fdiff.commit import Contents
+from fdiff.config import Config
+from fdiff.dropping import agree_on_dropped, train, train_or_undo
+from fdiff.errors import Interrupted, RunError, one_line
+from fdiff.federator import books
+from fdiff.plan import SHARED_PARTS, RoundPlan, communicated_parameters, host_of, plan_round, wire_bytes
+from fdiff.signals import Stop
+from fdiff.unet import PARTS
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: Config, comm: Communicator, device: torch.device, resume: bool = False, stop: Stop | None = None
+) -> Path:
+    """Train the federation on all ranks of `comm`, each of which calls this; returns the run folder.
+
+    UserError for a bad request, RunError for a failed run, Interrupted where `stop` was asked for, when the last
+    complete round is committed: the same on every rank.
+    """
+    federation = Federation(config, comm, device, stop or Stop())
+    try:
+        for round in range(federation.start(resume) + 1, config.federation.rounds + 1):
+            federation.round(round)
+        federation.finish_commit()
+    except Interrupted as interruption:
+        raise federation.commit_and_stop(interruption) from None
+    finally:
+        federation.close()
+    return config.run_dir
+
+
+class Federation:
+    """A rank's view of the run: its clients in a host, the federator's books (or none), the commit under way."""
+
+    members: Members
+
+    def __init__(self, config: Config, comm: Communicator, device: torch.device, stop: Stop) -> None:
+        self.config, self.comm, self.device, self.stop = config, comm, device, stop
+        self.federator = books(config, comm.rank)
+        self._error: Exception | None = None
+        self._last = 0  # the last complete round
+        self._uncommitted: Contents | None = None  # what its checkpoint is to hold
+
+    # --- the algorithm
+
+    def round(self, round: int) -> None:
+        """One communication round."""
+        fed, started = self.config.federation, time.perf_counter()
+        plan = plan_round(self.config.method, fed.clients, round, self.config.run.seed, fed.fraction)
+        average = self._aggregation(plan, self.host.average, "parameters")
+        reports, dropped = self.train(plan, average)
+        trained = time.perf_counter()
+        average.finish(dropped)
+        self.host.adopt()
+        plan = plan.without(dropped)
+        aggregated = time.perf_counter()
+        ema = self.average_ema(plan) if self._shown(round) or self._saved(round) else None
+        images = self.sample(ema) if self._shown(round) else None
+        evaluated = time.perf_counter()
+        seconds = {
+            "train": trained - started,
+            "aggregate": aggregated - trained,
+            "evaluate": evaluated - aggregated,
+        }
+        metrics = self.record(plan, reports, dropped, seconds, images)
+        self._last = round
+        with self._keeping_errors("checkpoint"):
+            leads = self.committer.leads
+            self._uncommitted = snapshot.contents(self.host, self.members.images, metrics, ema, images, leads)
+        if self._saved(round):
+            self.commit()
+
+    def train(self, plan: RoundPlan, average: Aggregation) -> tuple[list[Report], dict[int, str]]:
+        """Let the selected ones of this rank's clients train in turn, take what they report, and vote.
+
+        Returns this rank's reports, and of all ranks the clients without which the round goes on, and why.
+        """
+        selected = [c for c in self.host.clients if c.index in plan.selected]
+        reports: list[Report] = []
+        failures: dict[int, str] = {}
+        with self._keeping_errors():
+            self.committer.check()
+            self.stop.check()
+        with self.federator.bar(plan.round, self.host.trainer.steps(selected)) as bar:
+
+            def tick() -> None:
+                bar.update()
+                self.stop.check()
+
+            for client in selected:
+                with self._keeping_errors(f"client {client.index}, round {plan.round}"):
+                    parameters = self.host.enter(client)
+                    self.host.trainer.prepare(client, plan.round)
+                    attempt = train_or_undo if self._drops else train
+                    report = attempt(self.host, client, plan.round, tick)
+                    if isinstance(report, Report):
+                        reports.append(report)
+                        self.host.set_aside(client, parameters)
+                        average.add(client.index, parameters)
+                    else:
+                        failures[client.index] = report
+        self.vote()
+        return reports, agree_on_dropped(self.comm, plan, failures) if self._drops else {}
+
+    def average_ema(self, plan: RoundPlan) -> Tensor | None:
+        """The shared parts of the clients' moving averages, averaged like the parameters; only to score and save."""
+        if not self.config.optim.ema:
+            return None
+        out = self.host.shared.clone()  # stays where no reporter is left
+        average = self._aggregation(plan, out, "ema")
+        for client in self.host.clients:
+            if client.index in plan.selected:
+                average.add(client.index, self.host.ema_of(client))
+        average.finish()
+        return out
+
+    def sample(self, ema: Tensor | None) -> Tensor | None:
+        """The grid's images, on rank 0: of the global model, or a row of each client where it keeps private parts."""
+        clients, ranks = self.config.federation.clients, self.comm.size
+        models: list[int | None] = list(range(clients)) if self._private else [None]
+        cut = evaluate.batches(
+            models, self.config.sample.images, self.config.sample, lambda c: host_of(c, clients, ranks), ranks
+        )
+        drawn = []
+        for batch in (b for b in cut if b.rank == self.comm.rank):
+            with self._keeping_errors("sampling"), self.host.wearing(self.host.parameters(batch.model, ema)):
+                drawn.append(evaluate.draw(self.host.trainer, self.config, batch))
+        self.vote()
+        return evaluate.gather_images(self.comm, cut, drawn, evaluate.empty_images(self.config, self.device))
+
+    def record(
+        self,
+        plan: RoundPlan,
+        reports: list[Report],
+        dropped: dict[int, str],
+        seconds: dict[str, float],
+        images: Tensor | None,
+    ) -> dict[str, Any]:
+        """Gather the clients' reports, hold the bytes sent against the plan, and have the federator write it down."""
+        sent = self.comm.ledger.take()
+        mine = {"reports": [asdict(r) for r in reports], "sent": sent, "seconds": seconds}
+        everyone = exchange_json(self.comm, mine)
+        planned = self._check_ledger(plan, [e["sent"] for e in everyone])
+        clients = [self._client_row(plan, r, e["seconds"]) for e in everyone for r in e["reports"]]
+        count = sum(c["images"] for c in clients)
+        metrics = {
+            "round": plan.round,
+            "loss": sum(c["loss"] * c["images"] for c in clients) / count,
+            "images": count,
+            "images_per_s": count / seconds["train"],
+            "seconds": seconds,
+            "selected": sorted((*plan.selected, *dropped)),
+            "dropped": {str(client): why for client, why in dropped.items()},
+            "reporters": {part: list(r) for part, r in plan.reporters.items()},
+            "communicated_parameters": communicated_parameters(plan, self._sizes, self.config.federation.clients),
+            "wire_bytes": planned,
+            "sent_bytes": {p: round(sum(e["sent"].get(p, 0) for e in everyone)) for p in self.comm.ledger.PURPOSES},
+        }
+        with self._keeping_errors("run folder"):
+            self.federator.record(metrics, clients)
+            self.federator.show(plan.round, images, self._private)
+        return metrics
+
+    def commit(self) -> None:
+        """Finish the commit before this one, then start to write the last round's, while training goes on."""
+        self.finish_commit()
+        if self._uncommitted is not None:
+            self.committer.start(self._uncommitted)
+            self._uncommitted = None
+
+    def finish_commit(self) -> None:
+        """Wait until the checkpoint under way is visible."""
+        with self._keeping_errors():
+            self.committer.wait()
+        self.vote()
+        with self._keeping_errors():
+            self.committer.wait_committed()
+        self.vote()
+
+    # --- start and end
+
+    def start(self, resume: bool) -> int:
+        """Open the run folder, bring the clients up, go back to the newest checkpoint; returns the last round done."""
+        with self._keeping_errors():
+            self.federator.open(resume)
+        self.vote()
+        self.members = assemble(self.config, self.comm, self.device)
+        self.host, self.committer = self.members.host, self.members.committer
+        self._sizes = self.host.trainer.buckets.sizes
+        self._private = len(SHARED_PARTS[self.config.method]) < len(PARTS)
+        last = resume_from(self.members, self.comm) if resume else 0
+        with self._keeping_errors("run folder"):
+            self.federator.begin(last, self.members.setting)
+        self.vote()
+        self._last = last
+        return last
+
+    def commit_and_stop(self, interruption: Interrupted) -> Interrupted:
+        """After the vote that stopped the run: commit the last complete round; returns what is then to be raised."""
+        if not hasattr(self, "members"):
+            return interruption
+        self.commit()
+        self.finish_commit()
+        done = f"round {self._last} is committed" if self._last else "no round was complete"
+        stopped = Interrupted(interruption.number, f"{done}; go on with --resume --run.dir {self.config.run_dir}")
+        stopped.agreed = True
+        return stopped
+
+    def vote(self) -> None:
+        """The safe point before payload moves: if any rank has kept an error, all raise it."""
+        error, self._error = self._error, None
+        agree(self.comm, error)
+
+    def close(self) -> None:
+        """Leave nothing running; the last complete checkpoint stands."""
+        if hasattr(self, "members"):
+            self.committer.close()
+        self.federator.close()
+
+    # --- small parts
+
+    @contextmanager
+    def _keeping_errors(self, what: str = "") -> Iterator[None]:
+        """Keep the first error inside for the next vote, in one line that says where it came from."""
+        try:
+            yield
+        except Exception as error:
+            log.debug("kept until the next vote", exc_info=True)
+            self._error = self._error or one_line(error, what)
+
+    def _aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation:
+        uniform = self.config.federation.weighting == "uniform"
+        weights = {c: 1 if uniform else n for c, n in self.members.images.items()}
+        ordered = self.config.runtime.reduction == "ordered"
+        clients = self.config.federation.clients
+        before = self.host.untouched() if self._drops else None
+        return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, before)
+
+    @property
+    def _drops(self) -> bool:
+        return self.config.federation.on_client_failure == "drop"
+
+    def _shown(self, round: int) -> bool:
+        every = self.config.sample.every
+        return every > 0 and (round % every == 0 or round == self.config.federation.rounds)
+
+    def _saved(self, round: int) -> bool:
+        return round % self.config.run.checkpoint_every == 0 or round == self.config.federation.rounds
+
+    def _check_ledger(self, plan: RoundPlan, sent: list[dict[str, float]]) -> int:
+        """The bytes that the plan foresees; RunError if the ranks together sent another number."""
+        itemsize = self.host.shared.element_size()
+        planned = wire_bytes(plan, self._sizes, self.config.federation.clients, self.comm.size, itemsize)
+        actual = sum(s.get("parameters", 0) for s in sent)
+        if abs(actual - planned) > 0.5:
+            raise RunError(f"round {plan.round}: {actual:.0f} bytes of parameters were sent, the plan says {planned}")
+        return planned
+
+    def _client_row(self, plan: RoundPlan, report: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+        reported = sum(self._sizes[p] for p, clients in plan.reporters.items() if report["client"] in clients)
+        return {
+            "round": plan.round,
+            "client": report["client"],
+            "loss": report["losses"][-1],
+            "losses": report["losses"],
+            "images": report["images"],
+            "images_per_s": report["images"] / report["seconds"],
+            "seconds": {**seconds, "train": report["seconds"]},
+            "parameters_sent": reported,
+            "bytes_sent": reported * self.host.shared.element_size(),
+        }

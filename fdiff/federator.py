@@ -1,0 +1,187 @@
+"""What rank 0 alone does: the run folder, its logs, the sample grids. No collective happens here.
+
+    RUN/config.yaml        the resolved configuration, written before training starts
+    RUN/setting.json       versions, where each rank runs, images and label counts of each client
+    RUN/clients.jsonl      a line per round and client
+    RUN/rounds.jsonl       a line per round
+    RUN/scores.jsonl       a line per scored model, written by `fdiff evaluate`
+    RUN/samples/           a PNG grid per sampled round
+    RUN/tensorboard/       the same curves as TensorBoard events
+    RUN/checkpoints/       see checkpoint.py
+
+On the other ranks a `Bystander` takes the same calls and does nothing, so that the round loop has no rank in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from fdiff import __version__, checkpoint
+from fdiff.config import Config, to_dict
+from fdiff.errors import UserError
+from fdiff.pictures import save_grid
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+class Federator:
+    """Rank 0's books. Call `open` before the first round and `close` after the last."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.dir = config, config.run_dir
+        self._events: Any = None
+
+    def open(self, resume: bool) -> None:
+        """Make the run folder; UserError if it exists and is not to be resumed, or cannot be written."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise UserError(f"run.dir: '{self.dir}' is a file; name a folder")
+        if not resume and self.dir.exists() and any(f.name != LOCK for f in self.dir.iterdir()):
+            raise UserError(
+                f"run.dir: '{self.dir}' exists already; choose another, or pass --resume to go on from its newest "
+                "checkpoint"
+            )
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.dir / LOCK)
+        except BlockingIOError:
+            raise UserError(f"run.dir: '{self.dir}' is in use by another job; choose another folder") from None
+        except OSError as error:
+            raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
+
+    def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
+        """Write down configuration and setting (see `assembly`); forget what the logs say of rounds after the last one.
+
+        `last_round` is the one to go on from, 0 for none.
+        """
+        write_atomically(self.dir / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        versions = {"fdiff": __version__, "python": platform.python_version(), "torch": torch.__version__}
+        write_atomically(self.dir / "setting.json", json.dumps({**versions, "system": platform.platform(), **setting}))
+        for folder in (self.dir / "samples", checkpoint.folder(self.dir)):
+            folder.mkdir(exist_ok=True)
+        for aside in checkpoint.clean(self.dir, last_round):
+            log.warning("a damaged checkpoint newer than round %d is now %s", last_round, aside)
+        for name in ("rounds.jsonl", "clients.jsonl", "scores.jsonl"):
+            kept = [row for row in read_jsonl(self.dir / name) if row["round"] <= last_round]
+            write_atomically(self.dir / name, "".join(json.dumps(row) + "\n" for row in kept))
+        for grid in (self.dir / "samples").glob("round-*.png"):
+            if int(grid.stem.removeprefix("round-")) > last_round:
+                grid.unlink()
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
+
+        self._events = SummaryWriter(str(self.dir / "tensorboard"), purge_step=last_round + 1)
+
+    def bar(self, round: int, steps: int) -> tqdm:
+        """A progress bar over this rank's optimizer steps of a round, where a person watches."""
+        title = f"round {round}/{self.config.federation.rounds}"
+        return tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
+
+    def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        """Append a round and its clients to the logs, and say it in one line."""
+        append_jsonl(self.dir / "clients.jsonl", clients)
+        append_jsonl(self.dir / "rounds.jsonl", [metrics])
+        for name in ("loss", "images_per_s", "wire_bytes", "communicated_parameters"):
+            self._events.add_scalar(f"round/{name}", metrics[name], metrics["round"])
+        for client in clients:
+            self._events.add_scalar(f"client-{client['client']:04d}/loss", client["loss"], metrics["round"])
+        log.info(
+            "round %d/%d  loss %.4f  %.1f s  %.0f images/s  sent %.1f MB",
+            metrics["round"],
+            self.config.federation.rounds,
+            metrics["loss"],
+            sum(metrics["seconds"].values()),
+            metrics["images_per_s"],
+            metrics["wire_bytes"] / 1e6,
+        )
+
+    def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
+        """Save uint8 images (n, C, S, S), if any, as this round's grid; with `row_each` a row of each client."""
+        if images is None:
+            return
+        columns = self.config.sample.images if row_each else math.ceil(math.sqrt(len(images)))
+        save_grid(self.grid_path(round), images, columns)
+        self._events.add_images("samples", images, round)
+
+    def grid_path(self, round: int) -> Path:
+        """Where a round's grid is."""
+        return self.dir / "samples" / f"round-{round:06d}.png"
+
+    def close(self) -> None:
+        """Flush the events."""
+        if self._events is not None:
+            self._events.close()
+
+
+class Bystander:
+    """A federator on a rank that is not the federator."""
+
+    def open(self, resume: bool) -> None:
+        """Nothing."""
+
+    def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def bar(self, round: int, steps: int) -> tqdm:
+        """An invisible one."""
+        return tqdm(disable=True)
+
+    def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def books(config: Config, rank: int) -> Federator | Bystander:
+    """The federator on rank 0, a bystander elsewhere."""
+    return Federator(config) if rank == 0 else Bystander()
+
+
+def lock(path: Path) -> int:
+    """Hold the file for as long as this process lives; BlockingIOError if another process does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; none if it does not exist. A last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append one line a row."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text in one step."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
