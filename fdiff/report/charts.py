@@ -1,0 +1,150 @@
+"""The report's drawings: matplotlib figures as inline SVG, whose lines and letters take the page's text colour.
+
+Black in a figure becomes `currentColor`, nothing has a background: one drawing serves the light and the dark page.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+COLOURS = ("#3b82c4", "#e0803a", "#3d9e6f", "#b65fbf", "#c9a227", "#d3546b", "#4aa8b8", "#8a7cc9")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fdiff",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+_counter = itertools.count()
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run shows over its rounds: of the raw model, dashed of the moving average, thin of each client."""
+
+    raw: Points
+    average: Points = ()
+    clients: Sequence[Points] = ()
+
+
+@mpl.rc_context(STYLE)
+def curves(runs: Mapping[str, Curve], ylabel: str) -> str:
+    """Lines over rounds: a colour for each run."""
+    figure, axes = _figure(5.0, 3.3)
+    for i, (name, curve) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        for faint in curve.clients:
+            axes.plot(*_columns(faint), color=colour, linewidth=0.8, alpha=0.45)
+        for points, style in ((curve.raw, "-"), (curve.average, "--")):
+            marker = "o" if len(points) < 40 else ""
+            axes.plot(*_columns(points), style, color=colour, linewidth=2, marker=marker, markersize=4)
+        axes.plot([], [], color=colour, linewidth=2, label=name)
+    axes.set(xlabel="round", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(runs) > 1:
+        _legend_above(axes)
+    return _svg(figure, f"{ylabel} by round")
+
+
+@mpl.rc_context(STYLE)
+def heat_map(counts: Sequence[Mapping[str, int]], title: str) -> str:
+    """Clients by labels, the number of images in each cell; empty cells stay empty."""
+    labels = sorted(set().union(*counts), key=lambda text: (len(text), text))
+    table = np.array([[of_client.get(label, 0) for label in labels] for of_client in counts])
+    figure, axes = _figure(max(3.2, 1.0 + 0.48 * len(labels)), 1.0 + 0.34 * len(counts))
+    axes.imshow(np.where(table > 0, table, np.nan), cmap="Blues", aspect="auto", vmin=0, vmax=max(1, table.max()))
+    if table.size <= 400:
+        for (client, column), n in np.ndenumerate(table):
+            if n:
+                colour = "#ffffff" if n > 0.55 * table.max() else "#10202f"
+                axes.text(column, client, str(n), ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), xticklabels=labels)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return _svg(figure, title)
+
+
+@mpl.rc_context(STYLE)
+def bars(values: Mapping[str, float], xlabel: str, highlight: str, note: Mapping[str, str]) -> str:
+    """Horizontal bars by name with a note behind each, one of them highlighted."""
+    figure, axes = _figure(5.0, 0.9 + 0.42 * len(values))
+    names = list(values)
+    colours = [COLOURS[0] if name == highlight else "#8fa3b5" for name in names]
+    drawn = axes.barh(names, list(values.values()), color=colours, height=0.62)
+    axes.bar_label(drawn, [note[name] for name in names], padding=4, fontsize=10, color=INK)
+    axes.set(xlabel=xlabel)
+    axes.margins(x=0.25)
+    axes.invert_yaxis()
+    return _svg(figure, xlabel)
+
+
+@mpl.rc_context(STYLE)
+def stacked(parts: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
+    """A horizontal bar for each name, cut into its parts."""
+    figure, axes = _figure(5.0, 1.3 + 0.42 * len(parts))
+    phases = list(dict.fromkeys(itertools.chain.from_iterable(parts.values())))
+    left = np.zeros(len(parts))
+    for i, phase in enumerate(phases):
+        widths = np.array([of_run.get(phase, 0.0) for of_run in parts.values()])
+        axes.barh(list(parts), widths, left=left, color=COLOURS[i % len(COLOURS)], height=0.62, label=phase)
+        left += widths
+    axes.set(xlabel=xlabel)
+    axes.invert_yaxis()
+    _legend_above(axes)
+    return _svg(figure, xlabel)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure, its size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _legend_above(axes: Axes) -> None:
+    names = axes.get_legend_handles_labels()[1]
+    columns = max(1, min(3, len(names), 45 // max(map(len, names))))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element: as wide as its place on the page, with ids of its own, and a title that is read."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    prefix = f"f{next(_counter)}-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'((?:xlink:)?href="#|url\(#)', lambda m: m[1] + prefix, text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    limit = f"{1.45 * float(width[1]):.0f}px" if width else "100%"
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}" style="max-width:{limit}"', 1)

@@ -1,0 +1,125 @@
+"""The page: what is drawn of which runs, and the template that it goes into. One string; it needs no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fdiff import __version__
+from fdiff.config import to_dict
+from fdiff.forecast import forecast
+from fdiff.plan import SHARED_PARTS
+from fdiff.report import charts
+from fdiff.report.charts import Curve
+from fdiff.report.runs import Run
+
+SCORES = {  # name: what the chart's axis says
+    "fd_fmnist": "fd_fmnist (lower is better)",
+    "fid": "FID (lower is better)",
+    "kid": "KID (lower is better)",
+    "precision": "precision (1 is best)",
+    "recall": "recall (1 is best)",
+    "density": "density (1 as real)",
+    "coverage": "coverage (1 is best)",
+    "total_variation": "classes, total variation (0 is best)",
+}
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The HTML page of these runs, side by side."""
+    environment = Environment(loader=PackageLoader("fdiff.report"), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        version=__version__,
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        facts=[run.facts() for run in runs],
+        curves=list(_curves(runs)),
+        grids=[_grids(run) for run in runs],
+        partitions=[_partition(run) for run in runs],
+        communication=[_communication(run) for run in runs],
+        time=_time(runs),
+        fields=_fields(runs),
+        environments=[_environment(run) for run in runs],
+    )
+
+
+def _curves(runs: Sequence[Run]) -> Iterator[str]:
+    """The loss, and every score that some run has."""
+    losses = {
+        run.name: Curve([(r["round"], r["loss"]) for r in run.rounds], (), list(run.by_client("loss").values()))
+        for run in runs
+        if run.rounds
+    }
+    if losses:
+        yield charts.curves(losses, "loss of the last local epoch")
+    for name, ylabel in SCORES.items():
+        curves = {run.name: _score_curve(run, name) for run in runs}
+        curves = {run: curve for run, curve in curves.items() if curve.raw or curve.average}
+        if curves:
+            yield charts.curves(curves, ylabel)
+
+
+def _score_curve(run: Run, name: str) -> Curve:
+    """The mean over the models, and where there are several the raw one of each client."""
+    clients: dict[int, list[tuple[int, float]]] = {}
+    for round, rows in sorted(run.scored(ema=False).items()):
+        for row in rows:
+            if row["client"] is not None and name in row["scores"]:
+                clients.setdefault(row["client"], []).append((round, row["scores"][name]))
+    return Curve(run.averaged(name, False), run.averaged(name, True), list(clients.values()))
+
+
+def _grids(run: Run) -> list[dict[str, Any]]:
+    """The sample grids by round, as data URLs."""
+    return [
+        {"round": round, "url": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()}
+        for round, path in run.grids.items()
+    ]
+
+
+def _partition(run: Run) -> str:
+    rows = run.setting.get("clients", [])
+    if not rows:
+        return ""
+    private = any("labels" not in row for row in rows)
+    counts = [{"images": row["images"]} if private else row["labels"] for row in rows]
+    return charts.heat_map(counts, f"images of each client by label, {run.config.data.partition}")
+
+
+def _communication(run: Run) -> str:
+    """N of each method with this run's configuration, the run's own method highlighted."""
+    ranks = max(1, len(run.setting.get("ranks", [])))
+    costs = {method: forecast(replace(run.config, method=method), ranks) for method in SHARED_PARTS}
+    millions = {method: cost["communicated_parameters"] / 1e6 for method, cost in costs.items()}
+    notes = {method: f"−{cost['saving']:.1%}" if cost["saving"] else "" for method, cost in costs.items()}
+    return charts.bars(millions, "N, million parameters in all rounds", run.config.method, notes)
+
+
+def _time(runs: Sequence[Run]) -> str:
+    seconds = {run.name: run.seconds for run in runs if run.seconds}
+    return charts.stacked(seconds, "seconds in all rounds") if seconds else ""
+
+
+def _fields(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """(field, its value in each run, whether the runs differ in it)."""
+    values = [_flat(to_dict(run.config)) for run in runs]
+    return [(name, [v[name] for v in values], len({v[name] for v in values}) > 1) for name in values[0]]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)}
+    return flat
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    setting = run.setting
+    known = [name for name in ("fdiff", "torch", "python", "system", "communicator") if name in setting]
+    facts = [(name, str(setting[name])) for name in known]
+    places = [f"{rank['host']}: {rank['device']}" for rank in setting.get("ranks", [])]
+    return facts + [(f"rank {i}", place) for i, place in enumerate(places)]

@@ -1,0 +1,122 @@
+"""A sweep file: a preset, fields over it, lists of values of which every combination is a run, and how to score.
+
+    preset: mini
+    fields: {federation: {rounds: 5}}
+    grid:
+      method: [full, udec]
+      federation.clients: [5, 10]
+    score: {images: 200, sampler: ddim, steps: 20, rounds: [1, 5]}
+
+`score.rounds` are the rounds that are scored, by default the last one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fdiff.config import Config, from_dict, preset, to_dict
+from fdiff.errors import UserError
+
+SHIPPED = Path(__file__).parent
+KEYS = ("preset", "fields", "grid", "score")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: its name, which is its folder's, and its configuration."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How the runs are scored; None leaves the choice as `fdiff evaluate` does. `rounds`: by default the last."""
+
+    images: int | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    extractor: str | None = None
+    rounds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a file, in the order of its grid, and how they are scored."""
+
+    cells: list[Cell]
+    score: Score
+
+    def rounds(self, cell: Cell) -> tuple[int, ...]:
+        """The rounds of a cell that are scored."""
+        return self.score.rounds or (cell.config.federation.rounds,)
+
+
+def find(name: str) -> Path:
+    """The file of that name, or the one that ships with fdiff; UserError lists those."""
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"file: {name!r} is no file and not one of those that ship with fdiff: {', '.join(shipped)}")
+
+
+def read(file: Path, out: Path) -> Sweep:
+    """The sweep of a file, its run folders under `out`; UserError names the key that is wrong."""
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict) or not isinstance(given.get("grid"), dict) or set(given) - set(KEYS):
+        raise UserError(f"{file}: must have the key grid and may have preset, fields, score; see fdiff sweep --help")
+    base = to_dict(preset(given["preset"]) if "preset" in given else Config())
+    _lay_over(file, base, given.get("fields") or {})
+    score = _score(file, given.get("score") or {})
+    return Sweep([_cell(file, base, point, score, out) for point in _points(file, given["grid"])], score)
+
+
+def _points(file: Path, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the grid's values, the last field changing fastest."""
+    for field, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{file}: grid.{field}: {values!r} is not a list of values")
+    return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+
+
+def _cell(file: Path, base: Mapping[str, Any], point: Mapping[str, Any], score: Score, out: Path) -> Cell:
+    values = {name: dict(v) if isinstance(v, dict) else v for name, v in base.items()}
+    for field, value in point.items():
+        group, _, name = field.rpartition(".")
+        _lay_over(file, values, {group: {name: value}} if group else {name: value})
+    name = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in point.items())
+    config = from_dict(values)
+    if score.rounds and max(score.rounds) > config.federation.rounds:
+        raise UserError(
+            f"{file}: score.rounds: {max(score.rounds)} is beyond the {config.federation.rounds} rounds of {name}"
+        )
+    kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
+    return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)))
+
+
+def _lay_over(file: Path, values: dict[str, Any], fields: Any) -> None:
+    """Put fields, nested as in a configuration file, over the values, in place."""
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: fields: {fields!r} is not a group of fields")
+    for name, value in fields.items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
+
+
+def _score(file: Path, given: Any) -> Score:
+    known = [name for name in Score.__dataclass_fields__]
+    if not isinstance(given, dict) or set(given) - set(known):
+        raise UserError(f"{file}: score: {given!r} is not valid; it may have {', '.join(known)}")
+    return Score(**{**given, "rounds": tuple(given.get("rounds", ()))})
