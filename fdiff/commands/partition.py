@@ -1,0 +1,65 @@
+"""Say how the training images are split among the clients."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+
+import numpy as np
+
+from fdiff import partition as partitions
+from fdiff.config import Config
+from fdiff.data import open_client_source, open_source
+
+
+def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None:
+    """Print images and labels by client.
+
+    Args:
+        json: Print one JSON object instead of a table.
+        plot: Also draw the counts as a heat map into this PNG file.
+    """
+    counts = label_counts(config)
+    sizes = [sum(of_client.values()) for of_client in counts]
+    if plot is not None:
+        draw(counts, plot)
+    if json:
+        rows = [
+            {"client": k, "size": size, "labels": {str(label): n for label, n in of_client.items()}}
+            for k, (size, of_client) in enumerate(zip(sizes, counts, strict=True))
+        ]
+        print(json_module.dumps({"clients": rows}))
+        return
+    labels = sorted(set().union(*counts))
+    print(f"{'client':>6} {'images':>7}  " + " ".join(f"{label:>6}" for label in labels))
+    for k, (size, of_client) in enumerate(zip(sizes, counts, strict=True)):
+        print(f"{k:>6} {size:>7}  " + " ".join(f"{of_client.get(label, 0):>6}" for label in labels))
+
+
+def label_counts(config: Config) -> list[dict[int, int]]:
+    """For each client the images it has of each label."""
+    data, clients = config.data, config.federation.clients
+    if data.partition == "private":
+        own = [open_client_source(data, client, "train").labels for client in range(clients)]
+        return [partitions.label_counts(labels, [np.arange(len(labels))])[0] for labels in own]
+    labels = open_source(data, "train").labels
+    shards = partitions.partition(labels, data.partition, clients, data.beta, data.seed)
+    return partitions.label_counts(labels, shards)
+
+
+def draw(counts: list[dict[int, int]], path: Path) -> None:
+    """The heat map of clients by labels, the counts written into the cells."""
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
+
+    labels = sorted(set().union(*counts))
+    table = np.array([[of_client.get(label, 0) for label in labels] for of_client in counts])
+    figure = Figure(figsize=(1.6 + 0.55 * len(labels), 1.4 + 0.38 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
+    for (client, column), n in np.ndenumerate(table):
+        colour = "white" if n > table.max() / 2 else "black"
+        axes.text(column, client, str(n), ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), yticks=range(len(counts)))
+    axes.set_xticklabels([str(label) for label in labels])
+    figure.colorbar(image, label="images")
+    figure.savefig(path, dpi=150)

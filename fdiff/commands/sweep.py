@@ -1,0 +1,65 @@
+"""Run a grid of configurations, score every run, and print the table: score, N, saving, wire bytes, time.
+
+What is complete is skipped, what was interrupted goes on: call it again. All ranks work on one run after the other.
+The file has a preset, fields over it, a grid of values, and how to score; those that ship with fdiff go by their name.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from fdiff import sweeps
+from fdiff.assembly import together
+from fdiff.comm import Communicator
+from fdiff.config import RuntimeConfig
+from fdiff.errors import Interrupted, RunError, UserError
+from fdiff.federator import write_atomically
+from fdiff.launcher import cache_folder
+from fdiff.signals import heeded
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    file: str, runtime: RuntimeConfig, comm: Communicator, device: torch.device, *, out: Path | None = None
+) -> None:
+    """Run a sweep.
+
+    Args:
+        file: The YAML file, or the name of one that ships with fdiff, e.g. mini-methods.
+        runtime: Where and how it runs.
+        out: Folder of the runs and of table.txt, table.csv and table.tex; by default runs/NAME of the file.
+    """
+    path = together(comm, lambda: sweeps.find(file))
+    folder = out or Path("runs") / path.stem
+    sweep = together(comm, lambda: sweeps.read(path, folder))
+    failed: dict[str, str] = {}
+    with heeded() as stop:
+        for i, cell in enumerate(sweep.cells):
+            if comm.rank == 0:
+                log.info("[%d/%d] %s", i + 1, len(sweep.cells), cell.name)
+            try:
+                sweeps.bring_to_end(sweep, cell, comm, device, runtime, cache_folder() / "features", stop)
+            except (UserError, RunError) as error:
+                if isinstance(error, Interrupted) or not error.agreed:  # not what this cell alone is to blame for
+                    raise
+                failed[cell.name] = str(error)
+            together(comm, lambda: _write(sweep, folder, comm.size) if comm.rank == 0 else None)
+    if comm.rank == 0:
+        print((folder / "table.txt").read_text(encoding="utf-8"), end="", flush=True)
+    if failed:
+        outcome = RunError("; ".join(f"{name}: {text}" for name, text in failed.items()))
+        outcome.agreed = True
+        raise outcome
+
+
+def _write(sweep: sweeps.Sweep, folder: Path, ranks: int) -> None:
+    """The table of what is complete so far, in three formats."""
+    results = [line for cell in sweep.cells for line in sweeps.result(sweep, cell, ranks)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "table.txt", sweeps.as_text(results) + "\n")
+    write_atomically(folder / "table.csv", sweeps.as_csv(results))
+    write_atomically(folder / "table.tex", sweeps.as_latex(results))
