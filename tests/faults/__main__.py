@@ -1,0 +1,49 @@
+"""The fault suite by itself: `python -m tests.faults [--full] [--only NAME ...] [--seed N] [--ledger FILE]`.
+
+Prints a row a fault: how often it was injected, how often it was detected (the job ended with the right status and
+named what happened, or went on as it should), what was lost, what damage was loaded silently, what hung, and what
+processes were left over. `--soak MINUTES` instead lets one run live under a fault every 15 seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults import soak  # noqa: E402
+from faults.ledger import table  # noqa: E402
+from faults.suite import FAULTS, run  # noqa: E402
+
+
+def main() -> int:
+    """Exit status 1 if a row does not pass."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the counts of the full suite (an hour or more)")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these faults")
+    parser.add_argument("--count", type=int, help="inject each so many times")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times and places")
+    parser.add_argument("--ledger", type=Path, help="also write the table to this file, row by row")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="one run, a fault every 15 seconds")
+    asked = parser.parse_args()
+    if asked.soak:
+        return soak.main(asked.soak, asked.seed)
+    rows = []
+    for name in asked.only:
+        fault = FAULTS[name]
+        if reason := fault.needs():
+            print(f"{name}: skipped, {reason}", flush=True)
+            continue
+        row, seconds = run(name, asked.count or (fault.full if asked.full else fault.short), asked.seed)
+        rows.append(row)
+        print(f"{name}: {'passed' if row.passed else 'FAILED'} in {seconds:.0f} s", *row.notes, sep="\n  ", flush=True)
+        if asked.ledger:
+            asked.ledger.write_text(table(rows) + "\n")
+    print(table(rows))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Faults planted inside a rank: at a place of the program, something real happens to the process.
+
+The program has no hooks for this: its functions are wrapped from outside, in the rank's own process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+PLACES = ("training", "before a collective", "in a collective")
+FAILURES = ("exception", "allocator", "loss")
+
+
+def die() -> None:
+    """As `kill -9` does it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None:
+    """SIGKILL of a rank in a round: in a training step, between vote and collective, or within a collective."""
+    if rank != victim:
+        return
+    from fdiff.client import Trainer
+
+    now = {"round": 0}
+    train, step, chance = Trainer.train, Trainer._step, random.Random(seed)
+
+    def noting_round(self, client, of_round, tick=lambda: None):
+        now["round"] = of_round
+        return train(self, client, of_round, tick)
+
+    def deadly_step(self, *batch):
+        if place == "training" and now["round"] == round:
+            die()
+        return step(self, *batch)
+
+    Trainer.train, Trainer._step = noting_round, deadly_step
+    if place != "training":
+        _deadly_payload(place, lambda: now["round"] == round, chance)
+
+
+def _deadly_payload(place: str, due, chance: random.Random) -> None:
+    from fdiff.comm.torch_dist import TorchCommunicator
+
+    payload = TorchCommunicator._payload
+
+    def deadly(self, *arguments, **named):
+        if due() and place == "before a collective":
+            die()
+        if due():
+            threading.Timer(chance.uniform(0, 0.003), die).start()
+        return payload(self, *arguments, **named)
+
+    TorchCommunicator._payload = deadly
+
+
+def kill_in_commit(seed: int, rank: int) -> None:
+    """SIGKILL at a uniformly random point of the third commit of this process; rank 0 notes what it has committed."""
+    if rank != 0:
+        return
+    from fdiff import checkpoint
+    from fdiff.commit import Committer
+
+    commit, start, chance = checkpoint.commit, Committer.start, random.Random(seed)
+    began: list[float] = []
+    took: list[float] = []
+
+    def noting(temporary: Path, run_dir: Path, round: int, keep: int) -> Path:
+        final = commit(temporary, run_dir, round, keep)
+        took.append(time.monotonic() - began[-1])
+        with (run_dir / "committed").open("a") as file:
+            file.write(f"{round}\n")
+        return final
+
+    def starting(self, contents):
+        began.append(time.monotonic())
+        start(self, contents)
+        if len(began) == 3:
+            threading.Timer(chance.uniform(0, 1.2 * max(took)), die).start()
+
+    checkpoint.commit, Committer.start = noting, starting
+
+
+def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> None:
+    """In one round the training of some clients fails: an error while reading, no memory, a loss that is not finite."""
+    from fdiff.client import Trainer
+
+    train, step = Trainer.train, Trainer._step
+    due = {"now": False}
+
+    def choosing(self, client, of_round, tick=lambda: None):
+        due["now"] = client.index in clients and of_round == round
+        return train(self, client, of_round, tick)
+
+    def failing(self, images, labels, noise):
+        if due["now"]:
+            _fail(how, self)
+        return step(self, images, labels, noise)
+
+    Trainer.train, Trainer._step = choosing, failing
+
+
+def _fail(how: str, trainer) -> None:
+    if how == "exception":
+        raise OSError(5, "Input/output error", "images/0001.png")
+    if how == "allocator":
+        torch.empty(2**60, dtype=torch.uint8)  # the allocator itself says no
+    trainer.buckets.flat.fill_(float("nan"))
+    for tensor in trainer.working.values():
+        tensor.fill_(float("nan"))
+
+
+def fail_on_signal(rank: int) -> None:
+    """SIGUSR1 makes the next training step on this rank fail."""
+    from fdiff.client import Trainer
+
+    step, due = Trainer._step, threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: due.set())
+
+    def failing(self, images, labels, noise):
+        if due.is_set():
+            due.clear()
+            _fail(random.choice(FAILURES), self)
+        return step(self, images, labels, noise)
+
+    Trainer._step = failing
+

@@ -1,0 +1,168 @@
+"""Stop and go on: bit-equal to a run never stopped, on other numbers of ranks, past damage, not past a change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from jobs import TINY, Done, arrays, fdiff, in_turn, rows
+
+from fdiff.plan import SHARED_PARTS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+METHODS = tuple(SHARED_PARTS)
+LAST = 4  # rounds: one on each number of ranks
+RANKS = (4, 2, 1, 4)
+KEEPING = "--optim.ema 0.9 --federation.keep_optimizer true --federation.fraction 0.75".split()
+FLAGS = {"full": KEEPING, "usplit": [], "ulatdec": [], "udec": KEEPING}  # all that a client can keep, or nothing more
+COMMON = [*TINY, "--runtime.reduction", "ordered", "--run.keep_checkpoints", "9", "--sample.every", "2"]
+
+
+def request(name: str, method: str, rounds: int) -> list[str]:
+    return ["train", *COMMON, "--method", method, *FLAGS[method], "--run.dir", name, "--federation.rounds", str(rounds)]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> Path:
+    """Each method in one go on one rank, and stopped after every round, to go on with another number of ranks."""
+    folder = tmp_path_factory.mktemp("resume")
+    check(in_turn(1, [request(f"{method}-at-once", method, LAST) for method in METHODS], folder))
+    for round, ranks in enumerate(RANKS, 1):
+        stopped = [request(f"{method}-stopped", method, round) + ["--resume"] * (round > 1) for method in METHODS]
+        check(in_turn(ranks, stopped, folder))
+    return folder
+
+
+def check(done: list[list[Done]]) -> None:
+    assert all(rank.status == 0 for job in done for rank in job), done
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bit_equal_over_4_2_1_and_4_ranks(jobs, method):
+    for round in range(1, LAST + 1):
+        whole, parts = (arrays(jobs / f"{method}-{how}", round) for how in ("at-once", "stopped"))
+        names = {n for n in whole if "samples" not in n}  # the last round of a job draws a grid, whenever it comes
+        assert names == {n for n in parts if "samples" not in n}
+        assert all(np.array_equal(whole[n], parts[n]) for n in names), round
+        if FLAGS[method] is KEEPING:
+            assert {n.split("/")[1] for n in names if "client" in n} >= {"ema", "exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_round_twice_in_the_logs(jobs, method):
+    whole, parts = (jobs / f"{method}-{how}" for how in ("at-once", "stopped"))
+    for run in (whole, parts):
+        assert [row["round"] for row in rows(run)] == list(range(1, LAST + 1))
+    for log, keys in (("rounds", ("loss", "selected", "reporters")), ("clients", ("client", "losses", "images"))):
+        assert [[row[k] for k in keys] for row in rows(whole, log)] == [[r[k] for k in keys] for r in rows(parts, log)]
+    assert yaml.safe_load((parts / "config.yaml").read_text())["federation"]["rounds"] == LAST
+
+
+# --- one run, copied for each test ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(jobs, tmp_path) -> Path:
+    """A run of four rounds that keeps all its checkpoints."""
+    return Path(shutil.copytree(jobs / "udec-at-once", tmp_path / "run"))
+
+
+def resume(run: Path, *flags: str) -> Done:
+    return fdiff(*request("run", "udec", LAST), "--resume", *flags, cwd=run.parent)
+
+
+def damage(run: Path, round: int, file: str = "global.h5") -> None:
+    os.truncate(run / "checkpoints" / f"round-{round:06d}" / file, 1000)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used_and_it_is_said(run):
+    expected = arrays(run, LAST)
+    damage(run, 4, "client-0002.h5")
+    damage(run, 3)
+    done = resume(run).check()
+    said = [line for line in done.err.splitlines() if "damaged" in line]
+    assert len([s for s in said if "passing over" in s]) == 2 and "round-000004/client-0002.h5" in said[0]
+    again = arrays(run, LAST)
+    assert again.keys() == expected.keys() and all(np.array_equal(again[n], expected[n]) for n in expected)
+    assert [row["round"] for row in rows(run)] == [1, 2, 3, 4]
+    assert len(list((run / "checkpoints").glob("damaged-round-00000[34]-*"))) == 2
+
+
+def test_all_checkpoints_damaged_is_not_a_reason_to_begin_again(run):
+    before = (run / "rounds.jsonl").read_bytes()
+    for round in range(1, LAST + 1):
+        damage(run, round)
+    done = resume(run)
+    assert done.status == 2 and "none of its 4 checkpoints is whole" in done.err.splitlines()[-1]
+    assert (run / "rounds.jsonl").read_bytes() == before
+
+
+def test_a_half_written_log_line_and_folder_are_forgotten(run):
+    with (run / "rounds.jsonl").open("a") as log:
+        log.write('{"round": 5, "lo')
+    left = run / "checkpoints" / ".writing-000005-dead"
+    shutil.copytree(run / "checkpoints" / "round-000004", left)
+    resume(run, "--federation.rounds", "5").check()
+    assert [row["round"] for row in rows(run)] == [1, 2, 3, 4, 5] and not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "fields"),
+    [
+        ("--method full", ["method (was 'udec', is 'full')"]),
+        ("--run.seed 5 --optim.lr 0.5", ["run.seed (was 0, is 5)", "optim.lr (was 0.0001, is 0.5)"]),
+        ("--federation.clients 3", ["federation.clients (was 4, is 3)"]),
+        ("--model.dim 12", ["model.dim (was 8, is 12)"]),
+        ("--optim.ema 0.5", ["optim.ema (was 0.9, is 0.5)"]),
+        ("--federation.keep_optimizer false", ["federation.keep_optimizer (was True, is False)"]),
+        ("--data.limit 60", ["data.limit (was 64, is 60)"]),
+    ],
+)
+def test_a_changed_run_is_refused_by_the_names_of_its_fields(run, flags, fields):
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != ".lock"}
+    done = resume(run, *flags.split())
+    assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
+    assert all(field in done.err for field in fields), done.err
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != ".lock"} == before
+
+
+def test_rounds_folder_and_runtime_may_change(run):
+    moved = run.rename(run.with_name("moved"))
+    flags = """--federation.rounds 5 --run.dir moved --run.checkpoint_every 2 --runtime.reduction fast
+        --runtime.timeout_s 60 --federation.on_client_failure drop --data.in_memory never --sample.every 0""".split()
+    resume(run, *flags).check()
+    assert [row["round"] for row in rows(moved)] == [1, 2, 3, 4, 5]
+
+
+def test_resume_of_nothing_begins_and_of_a_finished_run_ends(run, tmp_path):
+    resume(run).check()
+    assert [row["round"] for row in rows(run)] == [1, 2, 3, 4]
+    (tmp_path / "new").mkdir()
+    fdiff(*request("run", "full", 1), "--resume", cwd=tmp_path / "new").check()
+    assert [row["round"] for row in rows(tmp_path / "new" / "run")] == [1]
+
+
+def test_a_second_job_in_the_same_folder_is_refused(run):
+    import fcntl
+
+    with (run / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = resume(run)
+    assert done.status == 2 and "in use by another job" in done.err
+
+
+def test_verify_tells_sound_from_damaged(run):
+    done = fdiff("verify", "run", cwd=run.parent).check()
+    assert len(done.out.splitlines()) == 4 * 5 and all(line.startswith("sound ") for line in done.out.splitlines())
+    damage(run, 3, "client-0001.h5")
+    (run / "checkpoints" / "round-000002" / "client-0000.h5").unlink()
+    done = fdiff("verify", "run", cwd=run.parent)
+    wrong = [line for line in done.out.splitlines() if line.startswith("damaged ")]
+    assert done.status == 1 and len(wrong) == 2 and len(done.err.splitlines()) == 1 and "2 problems" in done.err
+    assert "round-000002/client-0000.h5: is missing" in wrong[0] and "round-000003/client-0001.h5" in wrong[1]
+    assert fdiff("verify", "run/checkpoints/round-000004", cwd=run.parent).status == 0
+    assert fdiff("verify", "nowhere", cwd=run.parent).status == 2
