@@ -12,7 +12,7 @@ import torch
 from comm_cases import CASES, EVERYBODY, RANKS
 from ranks import End, end_ranks, free_port, run_ranks
 
-from fdiff.comm import Communicator, SoloCommunicator
+from fdiff.comm import Communicator, SoloCommunicator, heartbeat
 from fdiff.comm.base import device_problem
 from fdiff.comm.common import Groups, HostBuffer, judge, pack, unpack
 from fdiff.comm.torch_dist import tcp_store
@@ -139,6 +139,24 @@ def test_a_rank_that_fails_alone_ends_the_others_at_once(tmp_path: Path) -> None
     assert ends[1].error == "client 1 has no idea"
     check_survivors(ends, 1, within_s=5)
     assert ends[0].error == "rank 1 failed and left"
+
+
+def stopped_long_before_the_time_out(comm: Communicator) -> None:
+    heartbeat.BEAT_S = 0.2
+    time.sleep(6)  # the beat before was the usual one
+    comm.exchange(b"")
+    die(comm, 2, signal.SIGSTOP)
+    if comm.rank == 0:
+        time.sleep(6)  # busy, and not to blame
+    comm.exchange(b"")
+
+
+@pytest.mark.slow
+def test_who_waits_notices_that_a_heart_has_stopped(tmp_path: Path) -> None:
+    """Rank 1 waits for rank 0, which trains on, and learns that rank 2 is gone."""
+    ends = end_ranks(stopped_long_before_the_time_out, 3, tmp_path, patience_s=60)
+    check_survivors(ends, 2, within_s=20)
+    assert {end.error for end in ends if end.error} == {"rank 2 has given no sign of life for a while"}
 
 
 def one_comes_late(comm: Communicator) -> None:

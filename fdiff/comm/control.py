@@ -2,8 +2,8 @@
 
 A store and not a process group: a rank that is late here can be named, and its lateness leaves nothing in an undefined
 state. Two things happen in it. An exchange: every rank sets its value, rank 0 collects and answers. A roll call: a rank
-that waits in vain, in an exchange or in a payload operation, raises the alarm, which all others notice that wait too;
-all say that they are alive, and who does not, though somebody waits for it, is lost.
+that waits in vain, in an exchange or in a payload operation, or for one whose heart has stopped, raises the alarm, which
+all others notice that wait too; all say that they are alive, and who does not, though somebody waits for it, is lost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fdiff.comm.base import LostRanks
 from fdiff.comm.common import ANSWER_GRACE_S, LINGER_S, ROLL_CALL_S, judge, pack, unpack
+from fdiff.comm.heartbeat import Heartbeat
 
 TICK_S = 0.5  # between two looks at the alarm, and at whether the store still answers
 SLEEP_S = 0.1  # longest sleep between two looks at the store
@@ -32,7 +33,11 @@ class StoreControl:
     """Exchanges over a store that all ranks reach. Every rank makes the same calls in the same order."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
-        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        # Connections of their own: while one waits for something in the store, its other users have to wait as well.
+        self._store, beats = (dist.PrefixStore("control", store.clone()) for _ in range(2))
+        self._rank, self._size, self._timeout_s = rank, size, timeout_s
+        self._heartbeat = Heartbeat(beats, rank)
+        self._watched = range(size) if rank == 0 else (0, (rank + 1) % size)  # each rank by two others: few questions
         self._turn = 0
         self._missed: set[int] = set()
         self._progress = time.monotonic()
@@ -51,7 +56,7 @@ class StoreControl:
         began = time.monotonic()
 
         def look() -> None:
-            self._ask(lambda: self._store.check(["alarm"]) and self._roll_call())
+            self._ask(self._heed)
             if time.monotonic() - began > self._timeout_s + ANSWER_GRACE_S:
                 raise RuntimeError(f"it did not end within {self._timeout_s:g} s")
 
@@ -72,6 +77,7 @@ class StoreControl:
         """
         with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to take leave of
             self._ask(lambda: self._leave(failed), patience_s=FAREWELL_S + LINGER_S)
+        self._heartbeat.stop()
 
     def _ask(self, questions: Callable[[], T], patience_s: float | None = None) -> T:
         """Use the store; LostRanks if it is gone, or gives no answer within the time-out or `patience_s`.
@@ -126,8 +132,7 @@ class StoreControl:
             self._progress = now = time.monotonic()
             if heed_alarm and now - alarm_seen > TICK_S:
                 alarm_seen = now
-                if self._store.check(["alarm"]):
-                    self._roll_call()
+                self._heed()
             if now - began > seconds:
                 return False
             time.sleep(min((now - began) / 100, SLEEP_S))
@@ -135,6 +140,14 @@ class StoreControl:
         return True
 
     # --- roll call
+
+    def _heed(self) -> None:
+        """While waiting: answer another rank's alarm, or raise it for one that shows no sign of life."""
+        if self._store.check(["alarm"]):
+            self._roll_call()
+        if silent := self._heartbeat.silent(self._store, self._watched):
+            self._alarm(silent, "has given no sign of life for a while")
+            self._roll_call()
 
     def _alarm(self, ranks: Sequence[int], what: str, reason: str = "") -> None:
         """Say that this rank waits in vain for `ranks`: `what` is to be said of a lost one, `reason` if none is."""

@@ -27,8 +27,7 @@ class TorchCommunicator:
         self.rank, self.size = rank, size
         self.ledger = Ledger()
         self._store, self._timeout_s = store, timeout_s
-        # A connection of its own: while torch waits for something in the store, others' use of it has to wait as well.
-        self._control = StoreControl(dist.PrefixStore("control", store.clone()), rank, size, timeout_s)
+        self._control = StoreControl(store, rank, size, timeout_s)
         self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
         self._host = HostBuffer()
 
