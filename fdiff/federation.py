@@ -206,6 +206,7 @@ class Federation:
 
     def start(self, resume: bool) -> int:
         """Open the run folder, bring the clients up, go back to the newest checkpoint; returns the last round done."""
+        resume = resume or any(exchange_json(self.comm, self.federator.was_started_again()))
         with self._keeping_errors():
             self.federator.open(resume)
         self.vote()

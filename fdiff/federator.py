@@ -29,7 +29,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from fdiff import __version__, checkpoint
+from fdiff import __version__, checkpoint, launcher
 from fdiff.config import Config, to_dict
 from fdiff.errors import UserError
 from fdiff.pictures import save_grid
@@ -45,6 +45,13 @@ class Federator:
     def __init__(self, config: Config) -> None:
         self.config, self.dir = config, config.run_dir
         self._events: Any = None
+
+    def was_started_again(self) -> bool:
+        """Whether this job made the run folder itself, before its launcher started it again: then it is to go on."""
+        file = self.dir / "setting.json"
+        if not launcher.restarts() or not file.exists():
+            return False
+        return json.loads(file.read_text(encoding="utf-8")).get("job") == launcher.job_name()
 
     def open(self, resume: bool) -> None:
         """Make the run folder; UserError if it exists and is not to be resumed, or cannot be written."""
@@ -70,7 +77,8 @@ class Federator:
         """
         write_atomically(self.dir / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
         versions = {"fdiff": __version__, "python": platform.python_version(), "torch": torch.__version__}
-        write_atomically(self.dir / "setting.json", json.dumps({**versions, "system": platform.platform(), **setting}))
+        here = {"system": platform.platform(), "job": launcher.job_name()}
+        write_atomically(self.dir / "setting.json", json.dumps({**versions, **here, **setting}))
         for folder in (self.dir / "samples", checkpoint.folder(self.dir)):
             folder.mkdir(exist_ok=True)
         for aside in checkpoint.clean(self.dir, last_round):
@@ -128,6 +136,10 @@ class Federator:
 
 class Bystander:
     """A federator on a rank that is not the federator."""
+
+    def was_started_again(self) -> bool:
+        """It cannot say."""
+        return False
 
     def open(self, resume: bool) -> None:
         """Nothing."""

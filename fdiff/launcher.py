@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -182,7 +183,7 @@ def rendezvous(launch: Launch, environment: Mapping[str, str] = os.environ) -> R
     Slurm and submitit announce none: rank 0's node serves, on a port that follows from the job's id and its restart
     count, so that a requeued job, which keeps its id, does not meet its own past.
     """
-    attempt = _number(environment, "TORCHELASTIC_RESTART_COUNT", _number(environment, "SLURM_RESTART_COUNT", 0)) or 0
+    attempt = restarts(environment)
     address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT")
     if launch.launcher in ("srun", "submitit") and not (address and port):
         address = _first_host(environment) if launch.launcher == "srun" else "127.0.0.1"
@@ -223,8 +224,17 @@ def cray_gpu_support(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
-    """How often Slurm has requeued this job, which keeps its id."""
-    return _number(environment, "SLURM_RESTART_COUNT", 0) or 0
+    """How often torchrun has started this job's ranks again, or else Slurm has requeued the job, which keeps its id."""
+    return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) or _number(environment, "SLURM_RESTART_COUNT", 0) or 0
+
+
+def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What a job that its launcher starts again keeps and no other job has; None where nothing starts it again."""
+    if job := environment.get("SLURM_JOB_ID"):
+        return f"slurm {job}"
+    if "TORCHELASTIC_RESTART_COUNT" in environment:  # all jobs may have the same run id, but not the same torchrun
+        return f"torchrun {socket.gethostname()} {os.getppid()} {environment.get('TORCHELASTIC_RUN_ID')}"
+    return None
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdiff.errors import UserError
-from fdiff.launcher import Launch, Rendezvous, cray_gpu_support, detect, rendezvous
+from fdiff.launcher import Launch, Rendezvous, cray_gpu_support, detect, job_name, rendezvous, restarts
 
 TORCHRUN = {
     "RANK": "5",
@@ -217,3 +217,12 @@ def test_a_node_list_that_cannot_be_expanded(monkeypatch: pytest.MonkeyPatch) ->
 def test_cray_gpu_support_is_on_only_if_switched_on() -> None:
     assert cray_gpu_support({"MPICH_GPU_SUPPORT_ENABLED": "1"})
     assert not cray_gpu_support({"MPICH_GPU_SUPPORT_ENABLED": "0"}) and not cray_gpu_support({})
+
+
+def test_a_job_that_is_started_again_keeps_its_name():
+    requeued = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
+    assert restarts(requeued) == 1 and restarts({}) == 0
+    assert job_name(requeued) == job_name({"SLURM_JOB_ID": "12"}) == "slurm 12"
+    first, again = ({"TORCHELASTIC_RESTART_COUNT": n, "TORCHELASTIC_RUN_ID": "none"} for n in "01")
+    assert restarts(again) == 1 and job_name(first) == job_name(again) is not None
+    assert job_name({}) is None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from jobs import TINY, Done, arrays, fdiff, in_turn, rows
+from jobs import BIN, TINY, Done, arrays, clean_env, fdiff, in_turn, rows
+from launching import started, trainers, wait_for
 
 from fdiff.plan import SHARED_PARTS
 
@@ -166,3 +168,31 @@ def test_verify_tells_sound_from_damaged(run):
     assert "round-000002/client-0000.h5: is missing" in wrong[0] and "round-000003/client-0001.h5" in wrong[1]
     assert fdiff("verify", "run/checkpoints/round-000004", cwd=run.parent).status == 0
     assert fdiff("verify", "nowhere", cwd=run.parent).status == 2
+
+
+# --- brought back by its launcher ----------------------------------------------------------------------------------
+
+
+def restarted(folder: Path, *flags: object) -> list[str]:
+    words = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1, "--monitor-interval", 0.1, "-m", "fdiff"]
+    return [str(word) for word in (BIN / "torchrun", *words, "train", *COMMON, "--run.dir", "run", *flags)]
+
+
+def test_torchrun_brings_back_a_job_whose_rank_was_killed(tmp_path):
+    fdiff("train", *COMMON, "--federation.rounds", 30, "--run.dir", "whole", cwd=tmp_path).check()
+    with started(restarted(tmp_path, "--federation.rounds", 30), tmp_path, clean_env()) as job:
+        wait_for(lambda: (tmp_path / "run/checkpoints/round-000002").exists(), 120, "two rounds")
+        os.kill(trainers(tmp_path, "RANK")["1"], signal.SIGKILL)
+        assert job.wait(180) == 0, job.printed
+    assert [row["round"] for row in rows(tmp_path / "run")] == list(range(1, 31))
+    expected, found = arrays(tmp_path / "whole", 30), arrays(tmp_path / "run", 30)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_torchrun_does_not_go_on_with_what_another_job_made(tmp_path):
+    fdiff("train", *COMMON, "--federation.rounds", 1, "--run.dir", "run", cwd=tmp_path).check()
+    with started(restarted(tmp_path, "--federation.rounds", 2), tmp_path, clean_env()) as job:
+        assert job.wait(180) != 0
+        assert job.printed.count("'run' exists already") == 2  # at the start, and at the restart
+    assert len(rows(tmp_path / "run")) == 1

@@ -2,8 +2,8 @@
 
 A store and not a process group: a rank that is late here can be named, and its lateness leaves nothing in an undefined
 state. Two things happen in it. An exchange: every rank sets its value, rank 0 collects and answers. A roll call: a rank
-that waits in vain, in an exchange or in a payload operation, or for one whose heart has stopped, raises the alarm, which
-all others notice that wait too; all say that they are alive, and who does not, though somebody waits for it, is lost.
+that waits in vain, in an exchange or in a payload operation, or for one whose heart has stopped, raises the alarm,
+which all others notice that wait too; all say that they are alive, and who does not, though awaited, is lost.
 """
 
 from __future__ import annotations
