@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from fdiff.plan import hosted_by
 from fdiff.soundness import has_client_files
 
 T = TypeVar("T")
+Labels = dict[int, int]  # images of each label
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def assemble(config: Config, comm: Communicator, device: torch.device) -> Member
     clients = config.federation.clients
     together(comm, lambda: _check_ranks(clients, comm.size))
     hosted = hosted_by(comm.rank, clients, comm.size)
-    shards = together(comm, lambda: open_shards(config, hosted, device))
-    setting = _setting(config, comm, device, dict(zip(hosted, shards, strict=True)))
+    shards, labels = together(comm, lambda: open_shards(config, hosted, device))
+    setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
     host = together(comm, lambda: Host(Trainer(config, device), members))
@@ -53,19 +54,19 @@ def assemble(config: Config, comm: Communicator, device: torch.device) -> Member
 
 
 def _setting(
-    config: Config, comm: Communicator, device: torch.device, shards: Mapping[int, Shard]
+    comm: Communicator, device: torch.device, shards: Mapping[int, Shard], labels: Sequence[Labels]
 ) -> dict[str, Any]:
-    """Where the ranks run and what the clients hold: images, and counts of labels unless the images are private."""
-    rows = [{"client": client, "images": len(shard)} for client, shard in shards.items()]
-    if config.data.partition != "private":
-        for row, shard in zip(rows, shards.values(), strict=True):
-            row["labels"] = partitions.label_counts(shard.labels.numpy(), [np.arange(len(shard))])[0]
+    """Where the ranks run and what the clients hold: their numbers of images, and counts of labels where known here."""
+    sizes = [[client, len(shard)] for client, shard in shards.items()]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    everyone = exchange_json(comm, {"host": socket.gethostname(), "device": name, "clients": rows})
+    everyone = exchange_json(comm, {"host": socket.gethostname(), "device": name, "sizes": sizes})
+    clients = [{"client": client, "images": images} for rank in everyone for client, images in rank["sizes"]]
+    for row, counts in zip(clients, labels, strict=False):
+        row["labels"] = counts
     return {
         "communicator": comm.name,
         "ranks": [{"host": rank["host"], "device": rank["device"]} for rank in everyone],
-        "clients": [row for rank in everyone for row in rank["clients"]],
+        "clients": clients,
     }
 
 
@@ -80,9 +81,12 @@ def _committer(config: Config, comm: Communicator) -> Committer:
     return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, leads=comm.rank == 0)
 
 
-def open_shards(config: Config, clients: range, device: torch.device) -> list[Shard]:
-    """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had."""
-    data = config.data
+def open_shards(config: Config, clients: range, device: torch.device) -> tuple[list[Shard], list[Labels]]:
+    """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had.
+
+    Also the label counts of all clients where this rank splits one data set among them; none where they are private.
+    """
+    data, labels = config.data, list[Labels]()
     if data.partition == "private":
         sources = [open_client_source(data, client, "train") for client in clients]
         pairs = [(source, np.arange(len(source))) for source in sources]
@@ -91,10 +95,11 @@ def open_shards(config: Config, clients: range, device: torch.device) -> list[Sh
         split = partitions.partition(
             source.labels, data.partition, config.federation.clients, data.beta, data.seed
         )
+        labels = partitions.label_counts(source.labels, split)
         pairs = [(source, split[client]) for client in clients]
     for source, _ in pairs:
         check_labels(source, config.model.classes)
-    return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs]
+    return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs], labels
 
 
 def resume_from(members: Members, comm: Communicator) -> int:
@@ -115,6 +120,6 @@ def together(comm: Communicator, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         agree(comm, one_line(error))
-        raise
+        raise  # not reached: all ranks have agreed on an error
     agree(comm)
     return result
