@@ -16,7 +16,8 @@ SPLITS = ("train", "test")
 def read_folder(root: Path, split: str) -> Split:
     """The images of `root`/`split`; where `root` has neither train/ nor test/, all are training images.
 
-    A class is the place of a subfolder's name among the sorted ones of both splits; 0 without subfolders.
+    A class is the place of a subfolder's name among the sorted ones of both splits; 0 without subfolders. Subfolders
+    without images count, so that silos which lack a class can number theirs alike.
     Hidden files are left out; the order is by class, then by path. UserError says what is missing.
     """
     if not root.is_dir():
@@ -49,9 +50,7 @@ def _split_folders(root: Path) -> list[Path]:
 
 
 def _class_names(folder: Path) -> list[str]:
-    """The subfolders with an image somewhere in them."""
-    subfolders = (p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir())
-    return [p.name for p in subfolders if _images(p, "**/*")]
+    return [p.name for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
 
 
 def _images(folder: Path, pattern: str) -> list[Path]:
