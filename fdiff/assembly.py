@@ -5,6 +5,7 @@ Every rank calls these functions; they end in a vote, so that what one rank lack
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -59,13 +60,14 @@ def _setting(
     """Where the ranks run and what the clients hold: their numbers of images, and counts of labels where known here."""
     sizes = [[client, len(shard)] for client, shard in shards.items()]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    everyone = exchange_json(comm, {"host": socket.gethostname(), "device": name, "sizes": sizes})
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "device": name}
+    everyone = exchange_json(comm, {**here, "sizes": sizes})
     clients = [{"client": client, "images": images} for rank in everyone for client, images in rank["sizes"]]
     for row, counts in zip(clients, labels, strict=False):
         row["labels"] = counts
     return {
         "communicator": comm.name,
-        "ranks": [{"host": rank["host"], "device": rank["device"]} for rank in everyone],
+        "ranks": [{fact: rank[fact] for fact in here} for rank in everyone],
         "clients": clients,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -61,7 +62,7 @@ def test_fast_weights_are_equal_to_1e_6(alone, request, tmp_path):
 NAMES_RANK_1 = {  # who says it: the launcher, if it ends the others before they can
     "torchrun": r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9",
     "openmpi": r"@1,1\]|rank 1\b",
-    "mpich": r"BAD TERMINATION[^=]+\n=   PID \d+ RUNNING AT",  # hydra names the process, and ends the others at once
+    "mpich": r"BAD TERMINATION[^=]+\n=   PID {pid} RUNNING AT",  # which is in setting.json
     "srun": r"task 1: Killed",
     "submitit-slurm": r"fdiff: rank 1 was ended by SIGKILL",
     "submitit-local": r"fdiff: rank 1 was ended by SIGKILL",
@@ -82,7 +83,9 @@ def test_a_killed_rank_takes_all_others_along(name, request, tmp_path):
         status = job.wait(GONE_S)
         print(f"{name}: all gone {seconds:.1f} s after rank 1 was killed, status {status}")
         assert status != 0
-        assert re.search(NAMES_RANK_1[name], job.printed), job.printed
+        pid = json.loads((tmp_path / "run" / "setting.json").read_text())["ranks"][1]["pid"]
+        assert pid == ranks["1"]
+        assert re.search(NAMES_RANK_1[name].replace("{pid}", str(pid)), job.printed), job.printed
         assert len(re.findall(r"^.*fdiff: error:.*rank", job.printed, re.M)) <= 1, job.printed
 
 
