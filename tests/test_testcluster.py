@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -208,6 +209,18 @@ def test_down_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (cluster_pids(cluster.folder), sleepers(seconds)) == ({}, [])
     assert not cluster.folder.exists()
     assert Path("/etc/hosts").read_bytes() == hosts
+
+
+@needs_cluster
+@pytest.mark.skipif(
+    not all(shutil.which(program) for program in ("mariadbd", "mariadb-install-db", "slurmdbd", "sacctmgr")),
+    reason="needs a database for Slurm's accounting: apt install mariadb-server slurmdbd",
+)
+def test_sacct_works_where_there_is_a_database(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    job = sbatch(slurm_cluster, "--wrap=exit 3", cwd=tmp_path)
+    wait_for_job(slurm_cluster, job)
+    listed = ["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format=State,ExitCode"]
+    wait_for(lambda: run(slurm_cluster, listed).stdout.strip() == "FAILED|3:0")
 
 
 @needs_cluster
