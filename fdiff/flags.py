@@ -34,6 +34,7 @@ COMMANDS = {
     "sweep": "a grid of runs, and the table of their scores and costs",
     "verify": "whether a checkpoint, or every one of a run, is sound",
     "submit": "train on Slurm, or in the background here; requeues itself",
+    "bench": "measure a part beside its baseline or its bound",
     "doctor": "what this machine has, what is missing, and how to get it",
 }
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"federator", "assembly"},
     {"federation", "scoring", "export"},
     {"verdict"},
-    {"report", "sweeps"},
+    {"report", "sweeps", "bench"},
     {"commands"},
     {"flags"},
     {"cli"},

@@ -1,0 +1,1 @@
+"""Measurements, each beside its baseline or its bound in the same run: `fdiff.bench.X.run(config, comm, device)`."""

@@ -1,0 +1,37 @@
+"""Measure a part of fdiff on this machine beside its baseline or its bound, in the same run.
+
+Under torchrun or mpirun the ranks measure together. The configuration says what is measured: model, method, clients.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json as json_module
+from typing import Literal
+
+import torch
+
+from fdiff.bench import measure
+from fdiff.comm import Communicator
+from fdiff.config import Config
+
+What = Literal["step", "round", "wire", "sample", "checkpoint", "scale"]
+
+
+def run(what: What, config: Config, comm: Communicator, device: torch.device, *, json: bool = False) -> None:
+    """Measure.
+
+    Args:
+        what: step: local training; round: all of a round but local training; wire: bytes and time on a slow network;
+            sample: drawing images; checkpoint: the commit, and how long training waits for it; scale: time and memory
+            by number of clients.
+        json: Print one JSON object instead of a table.
+    """
+    results = importlib.import_module(f"fdiff.bench.{what}").run(config, comm, device)
+    if comm.rank != 0:
+        return
+    about = measure.machine(comm, device)
+    if json:
+        print(json_module.dumps({"results": [r.as_json() for r in results], "machine": about}))
+    else:
+        print(measure.table(results, about))
