@@ -127,6 +127,12 @@ class MpiCommunicator:
                 request = start([memory, piece.numel(), datatype])
             self._control.watch(request, what, ranks)
 
+    def bare_all_reduce(self, tensor: Tensor) -> None:
+        """The library's own blocking all-reduce over all ranks, to be measured: nobody watches it."""
+        with self._reachable(tensor) as buffer:
+            memory = self._MPI.memory.fromaddress(buffer.data_ptr(), buffer.nbytes)
+            self._world.Allreduce(self._MPI.IN_PLACE, [memory, buffer.numel(), getattr(self._MPI, _TYPES[buffer.dtype])])
+
     # --- groups
 
     def _group(self, ranks: Sequence[int]) -> Intracomm | None:
