@@ -1,7 +1,7 @@
 """Plan × buckets × communicator: the weighted mean Σ n_k θ_k / Σ n_k of the shared parts (paper, algorithm 1).
 
-`fast`: each rank adds up what its own clients report, the reporting ranks all-reduce, one of them broadcasts to the
-ranks that did not report. `ordered`: the same sum strictly in client order, passed on from rank to rank, so that it
+`fast`: each rank adds up what its own clients report, the reporting ranks all-reduce and deliver to those that did not
+report, all segments at once. `ordered`: the same sum strictly in client order, passed on from rank to rank, so that it
 is bit-equal for any number of ranks; it sends as many bytes, one after the other.
 
 Order of calls: `add` for every hosted client that trained, in client order, then `finish` once, on every rank.
@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fdiff.comm import Communicator
+from fdiff.comm import Communicator, Sum
 from fdiff.plan import RoundPlan, reporting_ranks
 
 
@@ -64,19 +64,22 @@ class Aggregation:
             self._started[i] = True
 
     def finish(self, dropped: Collection[int] = ()) -> None:
-        """Average segment by segment, in plan order, which is the same on every rank: see `Groups` of comm.
+        """Average all segments, the same on every rank.
 
         `dropped`, the same on every rank, are clients of the plan that were not added; they are averaged over as if
         they had not been selected.
         """
-        combine = self._pass_on if self._ordered else self._all_reduce
+        left = [[c for c in reporters if c not in dropped] for _, reporters in self._segments]
+        ranks = [reporting_ranks(those, self._clients, self._comm.size) for those in left]
         with self._comm.ledger.purpose(self._purpose):
-            for i, (span, reporters) in enumerate(self._segments):
-                left = [c for c in reporters if c not in dropped]
-                if left:
-                    combine(i, reporting_ranks(left, self._clients, self._comm.size))
-                if len(left) < len(reporters):
-                    self._make_up(span, reporters, left)
+            if self._ordered:
+                for i in (i for i, those in enumerate(ranks) if those):
+                    self._pass_on(i, ranks[i])
+            else:
+                self._comm.combine([self._sum(i, those) for i, those in enumerate(ranks) if those])
+        for (span, reporters), those in zip(self._segments, left, strict=True):
+            if len(those) < len(reporters):
+                self._make_up(span, reporters, those)
 
     def _make_up(self, span: slice, reporters: Sequence[int], left: Sequence[int]) -> None:
         """What was scaled by n_k / Σ of all reporters is scaled to n_k / Σ of those left, if any."""
@@ -86,11 +89,9 @@ class Aggregation:
         assert self._before is not None
         self._out[span].copy_(self._before[span])
 
-    def _all_reduce(self, i: int, ranks: tuple[int, ...]) -> None:
-        out = self._out[self._segments[i][0]]
-        self._comm.all_reduce(out, ranks)
+    def _sum(self, i: int, ranks: tuple[int, ...]) -> Sum:
         receivers = tuple(r for r in range(self._comm.size) if r not in ranks)
-        self._comm.broadcast(out, ranks[0], tuple(sorted((ranks[0], *receivers))))
+        return Sum(self._out[self._segments[i][0]], ranks, receivers)
 
     def _pass_on(self, i: int, ranks: tuple[int, ...]) -> None:
         out = self._out[self._segments[i][0]]

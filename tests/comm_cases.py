@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdiff.aggregate import Aggregation
-from fdiff.comm import Communicator, agree, common, exchange_json, gather
+from fdiff.comm import Communicator, Sum, agree, exchange_json, gather, transfers
 from fdiff.errors import RunError, UserError
 from fdiff.plan import hosted_by, plan_round
 from fdiff.unet import PARTS
@@ -188,21 +188,20 @@ def averages_of_many_clients(comm: Communicator) -> None:
 
 
 @case
-def groups_are_dropped_and_made_again(comm: Communicator) -> None:
-    comm._groups.clear()
-    kept, common.GROUPS_KEPT = common.GROUPS_KEPT, 3
+def several_sums_at_once(comm: Communicator) -> None:
+    """Reporters, receivers and those who are neither, in blocks smaller than a tensor, each to the byte."""
+    whole, transfers.BLOCK_BYTES = transfers.BLOCK_BYTES, 404
+    wanted = [((0, 1), (2, 3)), ((3,), (0, 1, 2)), ((0, 2, 3), (1,)), ((1, 2), ()), (EVERYBODY, ()), ((1,), (0, 3))]
+    comm.ledger.take()
     try:
-        for ranks in (*SUBSETS, *SUBSETS):
-            tensor = torch.full((5,), float(comm.rank + 1))
-            with comm.ledger.purpose("parameters"):
-                comm.all_reduce(tensor, ranks)
-            if comm.rank in ranks:
-                assert tensor[0] == sum(r + 1 for r in ranks)
-            last = ranks
-        held = list(comm._groups._kept)
-        assert len(held) == 3 and held[-1] == last
+        tensors = [ramp(size) * (comm.rank + 1) for size in (1021, 3, 202, 101, 500, 1)]
         with comm.ledger.purpose("parameters"):
-            comm.all_reduce(torch.ones(5), held[0])
-        assert list(comm._groups._kept) == [held[1], held[2], held[0]]  # not made again
+            comm.combine([Sum(t, *ranks) for t, ranks in zip(tensors, wanted, strict=True)])
     finally:
-        common.GROUPS_KEPT = kept
+        transfers.BLOCK_BYTES = whole
+    for tensor, (reporters, receivers) in zip(tensors, wanted, strict=True):
+        factor = sum(r + 1 for r in reporters) if comm.rank in reporters + receivers else comm.rank + 1
+        assert torch.equal(tensor, ramp(len(tensor)) * factor), (reporters, receivers)
+    sent = sum(s.get("parameters", 0) for s in exchange_json(comm, comm.ledger.take()))
+    planned = ((2 * (len(r) - 1) + len(m)) * t.nbytes for t, (r, m) in zip(tensors, wanted, strict=True))
+    assert sent == sum(planned)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "fdiff"
 LAYERS = [
     {"errors", "__init__"},
     {"config", "seeds", "launcher", "partition", "unet", "noise", "arrayfile"},
-    {"diffusion", "device", "signals", "plan", "buckets", "pictures", "scores", "overlay", "submission"},
+    {"diffusion", "device", "signals", "plan", "schedule", "buckets", "pictures", "scores", "overlay", "submission"},
     {"comm"},
     {"data"},
     {"aggregate", "client", "checkpoint", "extractor"},

@@ -14,7 +14,7 @@ from ranks import End, end_ranks, free_port, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, heartbeat
 from fdiff.comm.base import device_problem
-from fdiff.comm.common import Groups, HostBuffer, judge, pack, unpack
+from fdiff.comm.common import Groups, judge, pack, unpack
 from fdiff.comm.torch_dist import tcp_store
 from fdiff.errors import RunError
 
@@ -238,15 +238,6 @@ def test_groups_free_the_one_not_used_for_longest(monkeypatch: pytest.MonkeyPatc
     assert freed == ["12"]
     groups.clear()
     assert freed == ["12", "01", "02"]
-
-
-def test_host_buffer_is_kept_and_grown() -> None:
-    host = HostBuffer()
-    large = host.like(torch.empty(6, 4, dtype=torch.float64))
-    assert (large.shape, large.dtype) == ((6, 4), torch.float64)
-    small = host.like(torch.empty(5, dtype=torch.uint8))
-    assert (small.shape, small.dtype, small.data_ptr()) == ((5,), torch.uint8, large.data_ptr())
-    assert host.like(torch.empty(100, dtype=torch.float64)).shape == (100,)
 
 
 def test_judge() -> None:

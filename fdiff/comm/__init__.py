@@ -6,12 +6,22 @@ The only package that imports torch.distributed or mpi4py.
 from __future__ import annotations
 
 from fdiff import launcher
-from fdiff.comm.base import Communicator, Ledger, LostRanks, agree, exchange_json, gather
+from fdiff.comm.base import Communicator, Ledger, LostRanks, Sum, agree, exchange_json, gather
 from fdiff.comm.solo import SoloCommunicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import UserError
 
-__all__ = ["Communicator", "Ledger", "LostRanks", "SoloCommunicator", "agree", "connect", "exchange_json", "gather"]
+__all__ = [
+    "Communicator",
+    "Ledger",
+    "LostRanks",
+    "SoloCommunicator",
+    "Sum",
+    "agree",
+    "connect",
+    "exchange_json",
+    "gather",
+]
 
 
 def connect(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:

@@ -1,9 +1,9 @@
 """What every communicator can do, and the ledger of what it sent.
 
 Two planes. Control (`exchange`) moves a few bytes from every rank to every rank within a time-out and names who is
-missing; it works from the start. Payload (`all_reduce`, `broadcast`, `send`, `recv`) moves tensors in place among the
-ranks named, after `open`; every rank of the world makes the same calls in the same order, those not named return at
-once.
+missing; it works from the start. Payload (`combine`, `all_reduce`, `broadcast`, `send`, `recv`) moves tensors in place
+among the ranks named, after `open`; every rank of the world makes the same calls in the same order, those not named
+return at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,12 +33,25 @@ class LostRanks(RunError):
         super().__init__(f"rank{'s' if len(self.ranks) > 1 else ''} {names} {what}" if ranks else what)
 
 
-class Ledger:
-    """Payload bytes that this rank sent, by purpose; the purposes are what may leave a client, and nothing else.
+@dataclass(frozen=True)
+class Sum:
+    """A contiguous tensor to be summed, in place, over its reporters, and written to its receivers as well.
 
-    A collective counts what its algorithm makes one rank send: 2(r-1)/r of the tensor in an all-reduce of r ranks,
-    and m/(m+1) in a broadcast to m receivers, so that the sum over the ranks is exact.
+    Both are sorted, and no rank is in both; on other ranks the tensor is not touched.
     """
+
+    tensor: Tensor
+    reporters: tuple[int, ...]
+    receivers: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All that take part, sorted."""
+        return tuple(sorted(self.reporters + self.receivers))
+
+
+class Ledger:
+    """Payload bytes that this rank sent, by purpose; the purposes are what may leave a client, and nothing else."""
 
     PURPOSES = ("parameters", "ema", "statistics", "pictures")
 
@@ -78,6 +92,12 @@ class Communicator(Protocol):
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """Make ready for payload on the device; every rank calls it once, after they agreed that nothing is amiss."""
+
+    def combine(self, sums: Sequence[Sum]) -> None:
+        """Carry out several sums at once; all ranks give the same ones. Each is bit-equal wherever it goes.
+
+        For r reporters and m receivers the ranks together send 2(r-1)+m times its tensor.
+        """
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
         """Sum the tensor over `ranks` (sorted), in place on each of them; bit-equal on all."""

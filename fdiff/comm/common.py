@@ -1,4 +1,4 @@
-"""What the implementations of the communicator share: the cache of groups, staging, messages of many values."""
+"""What the implementations of the communicator share: the cache of groups, collectives, messages of many values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
+
+from fdiff.comm.base import Sum
 
 GROUPS_KEPT = 16  # a USPLIT run draws new pairs each round, and every group costs sockets and, with NCCL, memory
 ROLL_CALL_S = 4.0  # how long a rank in trouble waits for a sign of life of those that it was talking to
@@ -45,17 +46,20 @@ class Groups(Generic[T]):
             self._free(self._kept.popitem(last=False)[1])
 
 
-class HostBuffer:
-    """Host memory through which GPU tensors travel where the transport cannot read the GPU: one, kept and grown."""
+class Collectives:
+    """What follows from `combine`."""
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+    def combine(self, sums: Sequence[Sum]) -> None:
+        """See Communicator."""
+        raise NotImplementedError
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised memory of the tensor's shape and dtype, pinned for a GPU tensor; valid until the next call."""
-        if self._bytes.nbytes < tensor.nbytes:
-            self._bytes = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=tensor.is_cuda)
-        return self._bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
+        """See Communicator."""
+        self.combine([Sum(tensor, tuple(ranks))])
+
+    def broadcast(self, tensor: Tensor, source: int, ranks: Sequence[int]) -> None:
+        """See Communicator."""
+        self.combine([Sum(tensor, (source,), tuple(r for r in ranks if r != source))])
 
 
 def judge(alarms: Sequence[tuple[list[int], str, str]], alive: Collection[int]) -> tuple[list[int], str]:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -39,13 +40,14 @@ class MpiControl:
         with self.naming_errors("exchange"):
             return self._collect(value) if self._rank == 0 else self._ask(value)
 
-    def watch(self, request: Request, what: str, ranks: Sequence[int]) -> None:
-        """Wait for an operation that all of `ranks` take part in.
+    def watch(self, requests: Sequence[Request], what: str, ranks: Sequence[int]) -> None:
+        """Wait for the requests of an operation that all of `ranks` take part in.
 
         If it does not end within the time-out: LostRanks that names those that give no sign of life.
         """
         with self.naming_errors(what):
-            if not self._until(request.Test, self._timeout_s, PAYLOAD_SLEEP_S):
+            done = partial(self._MPI.Request.Testall, requests)
+            if not self._until(done, self._timeout_s, PAYLOAD_SLEEP_S):
                 reason = f"rank {self._rank}: the {what} did not end within {self._timeout_s:g} s"
                 self._roll_call(ranks, f"was lost during the {what}", reason)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdiff.comm.base import Ledger
+from fdiff.comm.base import Ledger, Sum
 
 
 class SoloCommunicator:
@@ -22,6 +22,9 @@ class SoloCommunicator:
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """Nothing to make ready."""
+
+    def combine(self, sums: Sequence[Sum]) -> None:
+        """The sum over one rank is its tensor."""
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
         """The sum over one rank is its tensor."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fdiff.comm.base import Ledger, check_devices
-from fdiff.comm.common import Groups, HostBuffer
+from fdiff.comm.base import Ledger, Sum, check_devices
+from fdiff.comm.common import Collectives, Groups
 from fdiff.comm.control import StoreControl
+from fdiff.comm.transfers import Transfers
 from fdiff.errors import RunError
 
 NCCL_GRACE_S = 60.0  # NCCL's own watchdog kills the process when its time is up; ours, which can say why, is earlier
 
 
-class TorchCommunicator:
+class TorchCommunicator(Collectives):
     """A communicator over a store that all ranks reach and, once `open` made it, the default process group."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
@@ -29,7 +32,7 @@ class TorchCommunicator:
         self._store, self._timeout_s = store, timeout_s
         self._control = StoreControl(store, rank, size, timeout_s)
         self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
-        self._host = HostBuffer()
+        self._transfers = Transfers(rank, self.ledger)
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """See Communicator. NCCL for a GPU of one's own, else gloo. UserError on all if ranks share one unasked."""
@@ -57,19 +60,36 @@ class TorchCommunicator:
 
     # --- payload
 
-    def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
-        """See Communicator. A ring: each of the r ranks sends 2(r-1)/r of the tensor."""
-        group = self._group(ranks)
-        if self.rank in ranks and len(ranks) > 1:
-            self.ledger.count(2 * (len(ranks) - 1) / len(ranks) * tensor.nbytes)
-            self._payload(tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", ranks)
+    def combine(self, sums: Sequence[Sum]) -> None:
+        """See Communicator. Over NCCL by its own all-reduce and broadcast, one sum after the other."""
+        if self.name == "nccl":
+            for one in sums:
+                self._nccl(one)
+            return
+        mine = [s for s in sums if len(s.ranks) > 1 and self.rank in s.ranks]
+        if not mine:
+            return
+        what = "all-reduce" if any(len(s.reporters) > 1 for s in mine) else "broadcast"
+        with ExitStack() as stages:
+            here = [replace(s, tensor=stages.enter_context(self._on_host(s.tensor))) for s in mine]
+            members = tuple(sorted({r for s in mine for r in s.ranks}))
+            self._control.watch(lambda: self._transfers.carry_out(here, _post, _wait), what, members)
 
-    def broadcast(self, tensor: Tensor, source: int, ranks: Sequence[int]) -> None:
-        """See Communicator. m receivers cost m tensors, shared evenly in the ledger."""
-        group = self._group(ranks)
-        if self.rank in ranks and len(ranks) > 1:
-            self.ledger.count((len(ranks) - 1) / len(ranks) * tensor.nbytes)
-            self._payload(tensor, lambda t: dist.broadcast(t, source, group=group, async_op=True), "broadcast", ranks)
+    def _nccl(self, one: Sum) -> None:
+        reporters, receivers = one.reporters, one.receivers
+        group = self._group(reporters)
+        if self.rank in reporters and len(reporters) > 1:
+            self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * one.tensor.nbytes)
+            self._payload(
+                one.tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", reporters
+            )
+        source, to = reporters[0], tuple(sorted((reporters[0], *receivers)))
+        among = self._group(to)
+        if self.rank in to and receivers:
+            self.ledger.count(len(receivers) / len(to) * one.tensor.nbytes)
+            self._payload(
+                one.tensor, lambda t: dist.broadcast(t, source, group=among, async_op=True), "broadcast", to
+            )
 
     def send(self, tensor: Tensor, to: int) -> None:
         """See Communicator."""
@@ -87,21 +107,28 @@ class TorchCommunicator:
 
         Errors, a peer's too, surface here and not in a later call. LostRanks.
         """
-        staged = tensor.is_cuda and self.name == "gloo"
-        buffer = self._host.like(tensor).copy_(tensor) if staged else tensor
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        with self._on_host(tensor) as buffer:
 
-        def run() -> None:
-            with torch.cuda.stream(stream):  # current is what is current in a thread; None changes nothing
-                work = start(buffer)
-                assert work is not None  # this rank is a member
-                work.wait()
-                if stream:
-                    stream.synchronize()
+            def run() -> None:
+                with torch.cuda.stream(stream):  # current is what is current in a thread; None changes nothing
+                    work = start(buffer)
+                    assert work is not None  # this rank is a member
+                    work.wait()
+                    if stream:
+                        stream.synchronize()
 
-        self._control.watch(run, what, ranks)
-        if staged:
-            tensor.copy_(buffer)
+            self._control.watch(run, what, ranks)
+
+    @contextmanager
+    def _on_host(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor itself, or a host copy that is copied back if it is a GPU's and the backend is gloo."""
+        if not tensor.is_cuda or self.name == "nccl":
+            yield tensor
+            return
+        buffer = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        yield buffer
+        tensor.copy_(buffer)
 
     def _group(self, ranks: Sequence[int]) -> Any:
         """The group of these ranks; of all ranks the world's, of one rank none."""
@@ -136,6 +163,17 @@ class TorchCommunicator:
     def abort(self) -> None:
         """Tell the others; a process group in which something hangs ends only with the process."""
         self._control.leave(failed=True)
+
+
+def _post(sends: bool, tensor: Tensor, rank: int) -> dist.Work:
+    work = dist.isend(tensor, rank) if sends else dist.irecv(tensor, rank)
+    assert work is not None  # this rank is a member of the world
+    return work
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 def tcp_store(address: str, port: int, serve: bool, attempt: str, size: int, timeout_s: float) -> dist.Store:
