@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,22 +50,26 @@ class Committer:
         self._written: Future[None] | None = None
         self._committed: Future[None] | None = None
 
-    def start(self, contents: Contents) -> None:
+    def start(self, contents: Contents, first: Callable[[], object] = lambda: None) -> None:
         """Begin to write a checkpoint: the files of this rank's clients, and on the leading rank global.h5.
 
-        The arrays must be the caller's last use of them. `wait` first if a commit is under way.
+        `first` is called, in the leading rank's thread, before the checkpoint becomes visible. The arrays must be left
+        as they are until the commit has ended. `wait` first if a commit is under way.
         """
         self._all_written.clear()
         target = checkpoint.temporary_folder(self._run_dir, contents.round, self._attempt)
         self._written = self._threads.submit(_write_clients, target, contents.clients)
         if contents.whole is not None:
-            self._committed = self._threads.submit(self._commit, target, contents.round, *contents.whole)
+            self._committed = self._threads.submit(self._commit, target, contents.round, *contents.whole, first)
 
-    def _commit(self, target: Path, round: int, arrays: Arrays, header: Mapping[str, Any]) -> None:
+    def _commit(
+        self, target: Path, round: int, arrays: Arrays, header: Mapping[str, Any], first: Callable[[], object]
+    ) -> None:
         target.mkdir(parents=True, exist_ok=True)
         self._await_files(target, round)
         digests = {f: arrayfile.read_digest(target / f) for f in self._files}
         arrayfile.write_file(target / checkpoint.GLOBAL, arrays, {**header, "clients": digests})
+        first()
         checkpoint.commit(target, self._run_dir, round, self._keep)
 
     def _await_files(self, target: Path, round: int) -> None:

@@ -65,6 +65,7 @@ class Federation:
         self._error: Exception | None = None
         self._last = 0  # the last complete round
         self._uncommitted: Contents | None = None  # what its checkpoint is to hold
+        self._copies = snapshot.Copies()
 
     # --- the algorithm
 
@@ -82,16 +83,14 @@ class Federation:
         ema = self.average_ema(plan) if self._shown(round) or self._saved(round) else None
         images = self.sample(ema) if self._shown(round) else None
         evaluated = time.perf_counter()
-        seconds = {
-            "train": trained - started,
-            "aggregate": aggregated - trained,
-            "evaluate": evaluated - aggregated,
-        }
+        seconds = {"train": trained - started, "aggregate": aggregated - trained, "evaluate": evaluated - aggregated}
         metrics = self.record(plan, reports, dropped, seconds, images)
         self._last = round
         with self._keeping_errors("checkpoint"):
             leads = self.committer.leads
-            self._uncommitted = snapshot.contents(self.host, self.members.images, metrics, ema, images, leads)
+            self._uncommitted = snapshot.contents(
+                self.host, self.members.images, metrics, ema, images, leads, self._copies
+            )
         if self._saved(round):
             self.commit()
 
@@ -190,7 +189,8 @@ class Federation:
         """Finish the commit before this one, then start to write the last round's, while training goes on."""
         self.finish_commit()
         if self._uncommitted is not None:
-            self.committer.start(self._uncommitted)
+            self._copies.lend()
+            self.committer.start(self._uncommitted, self.federator.sync)
             self._uncommitted = None
 
     def finish_commit(self) -> None:

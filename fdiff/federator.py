@@ -37,6 +37,7 @@ from fdiff.pictures import save_grid
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+LOGS = ("rounds.jsonl", "clients.jsonl")
 
 
 class Federator:
@@ -83,7 +84,7 @@ class Federator:
             folder.mkdir(exist_ok=True)
         for aside in checkpoint.clean(self.dir, last_round):
             log.warning("a damaged checkpoint newer than round %d is now %s", last_round, aside)
-        for name in ("rounds.jsonl", "clients.jsonl", "scores.jsonl"):
+        for name in (*LOGS, "scores.jsonl"):
             kept = [row for row in read_jsonl(self.dir / name) if row["round"] <= last_round]
             write_atomically(self.dir / name, "".join(json.dumps(row) + "\n" for row in kept))
         for grid in (self.dir / "samples").glob("round-*.png"):
@@ -99,9 +100,9 @@ class Federator:
         return tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
-        """Append a round and its clients to the logs, and say it in one line."""
-        append_jsonl(self.dir / "clients.jsonl", clients)
-        append_jsonl(self.dir / "rounds.jsonl", [metrics])
+        """Append a round and its clients to the logs, and say it in one line. On the disk they are after `sync`."""
+        append_jsonl(self.dir / "clients.jsonl", clients, sync=False)
+        append_jsonl(self.dir / "rounds.jsonl", [metrics], sync=False)
         for name in ("loss", "images_per_s", "wire_bytes", "communicated_parameters"):
             self._events.add_scalar(f"round/{name}", metrics[name], metrics["round"])
         for client in clients:
@@ -115,6 +116,12 @@ class Federator:
             metrics["images_per_s"],
             metrics["wire_bytes"] / 1e6,
         )
+
+    def sync(self) -> None:
+        """Have the logs on the disk: before the checkpoint of a round becomes visible its rows must be there."""
+        for name in LOGS:
+            with (self.dir / name).open("ab") as file:
+                os.fsync(file.fileno())
 
     def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
         """Save uint8 images (n, C, S, S), if any, as this round's grid; with `row_each` a row of each client."""
@@ -154,6 +161,9 @@ class Bystander:
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Nothing."""
 
+    def sync(self) -> None:
+        """Nothing."""
+
     def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
         """Nothing."""
 
@@ -181,12 +191,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line a row."""
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]], sync: bool = True) -> None:
+    """Append one line a row; with `sync` they are on the disk on return."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, text: str) -> None:

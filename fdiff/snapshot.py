@@ -41,22 +41,47 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def client_arrays(host: Host, client: Client) -> dict[str, np.ndarray]:
+class Copies:
+    """Host memory for two checkpoints: the one that is being written, and the one that is to come.
+
+    Kept from round to round, and pinned for a GPU: fresh pages cost more than what is copied into them.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[str, Tensor] = {}
+        self._written: dict[str, Tensor] = {}
+
+    def of(self, name: str, tensor: Tensor) -> np.ndarray:
+        """A copy of the tensor on the host; complete, for a GPU's, once the device is waited for."""
+        copy = self._next.get(name)
+        if copy is None or copy.shape != tensor.shape:
+            copy = self._next[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return copy.copy_(tensor.detach(), non_blocking=True).numpy()
+
+    def lend(self) -> None:
+        """The copies now go to be written; what was lent before has been, and is free for the next ones."""
+        self._next, self._written = self._written, self._next
+
+
+def client_arrays(host: Host, client: Client, copies: Copies) -> dict[str, np.ndarray]:
     """A client's own tensors as host copies, its private parts by name."""
     state = dict(host.state(client))
     private = state.pop("private")
     spans = {f"private/{p}": host.trainer.buckets.span((p,)) for p in private_parts(host.trainer.config)}
     if client.trained is not None:
         state["local"] = client.trained
-    return {name: _array(private[span]) for name, span in spans.items()} | {n: _array(t) for n, t in state.items()}
+    tensors = {name: private[span] for name, span in spans.items()} | state
+    return {name: copies.of(f"{client.index}/{name}", tensor) for name, tensor in tensors.items()}
 
 
-def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None) -> dict[str, np.ndarray]:
+def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies: Copies) -> dict[str, np.ndarray]:
     """The shared parts, their moving average (n,) and the sample grid, as host copies."""
-    arrays = {f"parts/{part}": _array(host.shared[span]) for part, span in host.slices.items()}
+    tensors = {f"parts/{part}": host.shared[span] for part, span in host.slices.items()}
     if ema is not None:
-        arrays |= {f"ema/{part}": _array(ema[span]) for part, span in host.slices.items()}
-    return arrays if images is None else {**arrays, "samples": _array(images)}
+        tensors |= {f"ema/{part}": ema[span] for part, span in host.slices.items()}
+    if images is not None:
+        tensors["samples"] = images
+    return {name: copies.of(name, tensor) for name, tensor in tensors.items()}
 
 
 def contents(
@@ -66,11 +91,15 @@ def contents(
     ema: Tensor | None,
     grid: Tensor | None,
     leads: bool,
+    copies: Copies,
 ) -> Contents:
     """This rank's share of a round's checkpoint, as host copies; `leads`: with what is global."""
     own = host.clients if has_client_files(host.trainer.config) else []
-    whole = (global_arrays(host, ema, grid), header(host, images, metrics)) if leads else None
-    return Contents(metrics["round"], {c.index: client_arrays(host, c) for c in own}, whole)
+    whole = (global_arrays(host, ema, grid, copies), header(host, images, metrics)) if leads else None
+    clients = {c.index: client_arrays(host, c, copies) for c in own}
+    if host.shared.is_cuda:
+        torch.cuda.current_stream(host.shared.device).synchronize()
+    return Contents(metrics["round"], clients, whole)
 
 
 def header(host: Host, images: Mapping[int, int], metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,10 +112,6 @@ def header(host: Host, images: Mapping[int, int], metrics: Mapping[str, Any]) ->
         "reporters": metrics["reporters"],
         "metrics": dict(metrics),
     }
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", copy=True).numpy()
 
 
 # --- and back ------------------------------------------------------------------------------------------------------
