@@ -207,12 +207,27 @@ class LinearAttention(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(heads * head_dim, width, 1), nn.GroupNorm(1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, height, width = x.shape
-        q, k, v = self.qkv(x).reshape(b, 3, self.heads, self.head_dim, -1).unbind(1)  # (B, H, D, N)
-        q = q.softmax(dim=-2) * self.head_dim**-0.5
-        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, H, D, D)
-        out = context.transpose(-1, -2) @ q  # (B, H, D, N)
-        return self.out(out.reshape(b, -1, height, width))
+        """softmax(q)·(softmax(k)ᵀ v) W, associated the other way round: x is narrower than the heads together.
+
+        The values and the heads' outputs, which are as large as q and k, then never come into being.
+        """
+        b, width, *sides = x.shape
+        w_q, w_k, w_v = self.qkv.weight.view(3, -1, width, 1, 1).unbind(0)
+        proj, norm = self.out
+        positions = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        q = _rows(F.conv2d(x, w_q)).unflatten(-1, (self.heads, self.head_dim)).softmax(dim=-1)  # (B, N, H, D)
+        k = _rows(F.conv2d(x, w_k)).softmax(dim=1)  # (B, N, H·D)
+        seen = (k.transpose(1, 2) @ positions).unflatten(1, (self.heads, -1))  # (B, H, D, C)
+        context = seen @ w_v.view(self.heads, self.head_dim, width).transpose(1, 2)  # (B, H, D, D)
+        w_out = proj.weight.view(width, self.heads, self.head_dim).permute(1, 2, 0) * self.head_dim**-0.5
+        mixed = (context @ w_out).flatten(1, 2)  # (B, H·D, C)
+        out = torch.baddbmm(proj.bias, q.flatten(2), mixed)  # (B, N, C)
+        return norm(out.transpose(1, 2).unflatten(2, sides))
+
+
+def _rows(h: Tensor) -> Tensor:
+    """(B, C, S, S) → (B, S·S, C), a view where channels are last."""
+    return h.flatten(2).transpose(1, 2)
 
 
 class SinusoidalEmbedding(nn.Module):
