@@ -163,10 +163,11 @@ class ConvNextBlock(nn.Module):
         self.residual = nn.Conv2d(w_in, w_out, 1) if w_in != w_out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
-        h = self.depthwise(x)
-        if self.time is not None:
-            h = h + self.time(time)[:, :, None, None]
-        return self.net(h) + self.residual(x)
+        # The bias joins the time vector: the convolution's backward would sum for it over every pixel once more.
+        width, bias = self.depthwise.weight.shape[0], self.depthwise.bias
+        h = F.conv2d(x, self.depthwise.weight, padding=3, groups=width)
+        shift = bias[None] if self.time is None else self.time(time) + bias
+        return self.net(h + shift[:, :, None, None]) + self.residual(x)
 
 
 class PreNormResidual(nn.Module):
