@@ -112,7 +112,7 @@ class Trainer:
         for epoch in range(self.config.federation.local_epochs):
             losses, sizes = [], []
             for images, labels in self._batches(client.shard, shuffling):
-                losses.append(self._step(images, labels, noise))
+                losses.append(self.step(images, labels, noise))
                 sizes.append(len(images))
                 tick()
             epochs.append(_mean_loss(torch.stack(losses), sizes, epoch * len(losses)))
@@ -128,7 +128,7 @@ class Trainer:
         order = torch.randperm(len(shard), generator=shuffling)
         return shard.batches(order, self.config.optim.batch_size)
 
-    def _step(self, images: Tensor, labels: Tensor, noise: torch.Generator) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, noise: torch.Generator) -> Tensor:
         """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device."""
         x0 = normalise(images, self.dtype)
         t = torch.randint(self.schedule.timesteps, (len(x0),), generator=noise, device=self.device)

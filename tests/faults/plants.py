@@ -30,7 +30,7 @@ def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None
     from fdiff.client import Trainer
 
     now = {"round": 0}
-    train, step, chance = Trainer.train, Trainer._step, random.Random(seed)
+    train, step, chance = Trainer.train, Trainer.step, random.Random(seed)
 
     def noting_round(self, client, of_round, tick=lambda: None):
         now["round"] = of_round
@@ -41,7 +41,7 @@ def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None
             die()
         return step(self, *batch)
 
-    Trainer.train, Trainer._step = noting_round, deadly_step
+    Trainer.train, Trainer.step = noting_round, deadly_step
     if place != "training":
         _deadly_payload(place, lambda: now["round"] == round, chance)
 
@@ -92,7 +92,7 @@ def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> No
     """In one round the training of some clients fails: an error while reading, no memory, a loss that is not finite."""
     from fdiff.client import Trainer
 
-    train, step = Trainer.train, Trainer._step
+    train, step = Trainer.train, Trainer.step
     due = {"now": False}
 
     def choosing(self, client, of_round, tick=lambda: None):
@@ -104,7 +104,7 @@ def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> No
             _fail(how, self)
         return step(self, images, labels, noise)
 
-    Trainer.train, Trainer._step = choosing, failing
+    Trainer.train, Trainer.step = choosing, failing
 
 
 def _fail(how: str, trainer) -> None:
@@ -121,7 +121,7 @@ def fail_on_signal(rank: int) -> None:
     """SIGUSR1 makes the next training step on this rank fail."""
     from fdiff.client import Trainer
 
-    step, due = Trainer._step, threading.Event()
+    step, due = Trainer.step, threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: due.set())
 
     def failing(self, images, labels, noise):
@@ -130,5 +130,5 @@ def fail_on_signal(rank: int) -> None:
             _fail(random.choice(FAILURES), self)
         return step(self, images, labels, noise)
 
-    Trainer._step = failing
+    Trainer.step = failing
 

@@ -1,0 +1,52 @@
+"""Drawing images with DDPM and with DDIM, images/s, beside the plain loop in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import torch
+
+from fdiff import diffusion, evaluate
+from fdiff.bench.baseline import Baseline
+from fdiff.bench.measure import Result, compare, in_turns
+from fdiff.client import Trainer
+from fdiff.comm import Communicator
+from fdiff.config import Config
+
+REPEATS = 5
+CPU_STEPS = 5  # timed of each sampler's: a step costs the same wherever it is, and 1000 of them minutes
+
+
+def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
+    """DDPM over all timesteps and DDIM over 50 of them; every rank draws a batch, nothing travels but the gather."""
+    config = replace(config, model=replace(config.model, classes=0))
+    trainer = Trainer(config, device)
+    empty = np.empty((0, config.data.channels, 1, 1), dtype=np.uint8)
+    with Baseline(config, device, empty) as baseline:
+        return [_measure(config, name, trainer, baseline, comm) for name in ("ddpm", "ddim")]
+
+
+def _measure(config: Config, sampler: str, trainer: Trainer, baseline: Baseline, comm: Communicator) -> Result:
+    config = replace(config, sample=replace(config.sample, sampler=sampler))
+    times = diffusion.make_sampler(config.diffusion, config.sample).t.tolist()
+    steps = len(times) if trainer.device.type == "cuda" else min(CPU_STEPS, len(times))
+    images = config.sample.batch_size
+    cut = evaluate.batches([None], images * comm.size, config.sample, lambda _: 0, comm.size)
+    mine = next(b for b in cut if b.rank == comm.rank)
+
+    def first(all_steps: Iterable[int]) -> Iterator[int]:
+        return islice(all_steps, steps)
+
+    def ours() -> None:
+        drawn = evaluate.draw(trainer, config, mine, first)
+        evaluate.gather_images(comm, cut, [drawn], evaluate.empty_images(config, trainer.device))
+
+    actions = {"ours": ours, "baseline": lambda: baseline.call("sample", images, times, steps, sampler == "ddpm")}
+    taken = in_turns(actions, comm, trainer.device, REPEATS)
+    speeds = [[images * comm.size * steps / len(times) / s for s in taken[name]] for name in actions]
+    timed = "" if steps == len(times) else f", {steps} steps timed"
+    name = f"{sampler}-{len(times)}, dim {config.model.dim}, {images} images a rank{timed}"
+    return compare(name, *speeds, "baseline", "images/s")
