@@ -77,6 +77,8 @@ class Committer:
         while missing := [f for f in self._files if not (target / f).exists()]:
             if self._stop.wait(POLL_S):
                 raise RunError(f"the checkpoint of round {round} was given up; {missing[0]} never came")
+            if not target.is_dir():
+                raise RunError(f"{target} has vanished while it was being written")
             if self._all_written.is_set():
                 deadline = min(deadline, time.monotonic() + VISIBLE_S)
             if time.monotonic() > deadline:

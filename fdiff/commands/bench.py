@@ -15,16 +15,14 @@ from fdiff.bench import measure
 from fdiff.comm import Communicator
 from fdiff.config import Config
 
-What = Literal["step", "round", "wire", "sample", "checkpoint", "scale"]
+What = Literal["step", "round", "sample"]
 
 
 def run(what: What, config: Config, comm: Communicator, device: torch.device, *, json: bool = False) -> None:
     """Measure.
 
     Args:
-        what: step: local training; round: all of a round but local training; wire: bytes and time on a slow network;
-            sample: drawing images; checkpoint: the commit, and how long training waits for it; scale: time and memory
-            by number of clients.
+        what: step: local training; round: all of a round but local training; sample: drawing images.
         json: Print one JSON object instead of a table.
     """
     results = importlib.import_module(f"fdiff.bench.{what}").run(config, comm, device)

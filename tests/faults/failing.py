@@ -61,7 +61,9 @@ def _one_disk(row: Row, i: int, disk: Path, folder: Path, chance: random.Random)
     with read_only(run / "checkpoints") if i % 2 else filled(disk / "ballast"):
         ended = job.wait(40)
     committed, errors = max(rounds_there(run), default=0), job.errors()
-    words = ("Read-only file system", "No such file") if i % 2 else ("No space left on device",)
+    # What is mounted over the folder also hides what is being written there.
+    hidden = ("Read-only file system", "No such file", "is missing", "has vanished")
+    words = hidden if i % 2 else ("No space left on device",)
     right = set(job.statuses()) == {1} and len(errors) == 1 and any(w in errors[0] for w in words)
     damage = lost(run, committed)
     again = Job(train(str(run), METHODS[i // 2 % 4], committed + 1, "--optim.ema", 0.9, resume=True), 1 + i % 2, folder)

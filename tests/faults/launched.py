@@ -100,7 +100,7 @@ def on_slurm(count: int, folder: Path, seed: int) -> Row:
 def _one_job(row: Row, i: int, cluster: slurm.Cluster, folder: Path, chance: random.Random) -> None:
     run = folder / f"run-{i}"
     words = [sys.executable, "-m", "fdiff", *train(run.name, METHODS[i % 4], 10_000, *RUNTIME)]
-    wrapped = "srun --kill-on-bad-exit=1 " + shlex.join(str(w) for w in words)
+    wrapped = "srun --wait=30 " + shlex.join(str(w) for w in words)
     job = slurm.sbatch(
         cluster, "--nodes=2", "--ntasks-per-node=1", f"--output={i}.log", f"--wrap={wrapped}", cwd=folder
     )

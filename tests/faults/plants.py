@@ -49,16 +49,18 @@ def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None
 def _deadly_payload(place: str, due, chance: random.Random) -> None:
     from fdiff.comm.torch_dist import TorchCommunicator
 
-    payload = TorchCommunicator._payload
+    def deadly(payload):
+        def of(self, *arguments):
+            if due() and place == "before a collective":
+                die()
+            if due():
+                threading.Timer(chance.uniform(0, 0.003), die).start()
+            return payload(self, *arguments)
 
-    def deadly(self, *arguments, **named):
-        if due() and place == "before a collective":
-            die()
-        if due():
-            threading.Timer(chance.uniform(0, 0.003), die).start()
-        return payload(self, *arguments, **named)
+        return of
 
-    TorchCommunicator._payload = deadly
+    for name in ("combine", "send", "recv"):
+        setattr(TorchCommunicator, name, deadly(getattr(TorchCommunicator, name)))
 
 
 def kill_in_commit(seed: int, rank: int) -> None:
@@ -79,9 +81,9 @@ def kill_in_commit(seed: int, rank: int) -> None:
             file.write(f"{round}\n")
         return final
 
-    def starting(self, contents):
+    def starting(self, *arguments):
         began.append(time.monotonic())
-        start(self, contents)
+        start(self, *arguments)
         if len(began) == 3:
             threading.Timer(chance.uniform(0, 1.2 * max(took)), die).start()
 
