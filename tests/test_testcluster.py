@@ -199,7 +199,7 @@ def test_down_leaves_nothing_behind(tmp_path: Path) -> None:
     hosts = Path("/etc/hosts").read_bytes()
     seconds = f"600.{os.getpid()}"
     with running_cluster() as cluster:
-        sbatch(cluster, "-n2", f"--wrap=trap '' TERM; srun env -i sleep {seconds}", cwd=tmp_path)
+        sbatch(cluster, "-n2", f"--wrap=trap '' TERM; srun setsid env -i sleep {seconds}", cwd=tmp_path)
         wait_for(lambda: len(sleepers(seconds)) == 2)
         before = run(cluster, ["squeue", "--noheader", "--format=%i %T"]).stdout
         run(cluster, [str(SCRIPTS / "up")])

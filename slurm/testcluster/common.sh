@@ -6,6 +6,9 @@ DIR=${FDIFF_TESTCLUSTER_DIR:-/tmp/fdiff-testcluster}
 export SLURM_CONF=$DIR/slurm.conf # every daemon and job of ours carries this in its environment
 NODES=(fdiff1 fdiff2)             # unlikely names: they must not shadow a real host
 DAEMONS=("slurmd-${NODES[0]}" "slurmd-${NODES[1]}" slurmctld slurmdbd mariadbd munged) # order of stopping
+# A limit that Linux ignores and that neither Slurm nor jobs set, but every descendant inherits: daemons and jobs are
+# known by it, whatever became of their parents, session and environment.
+BRAND=$((1000000000 + $(cksum <<<"$DIR" | cut -d' ' -f1) % 1000000000))
 MARK="# fdiff-testcluster $DIR"   # ends the lines that we own in /etc/hosts
 
 die() {
@@ -36,8 +39,8 @@ wait_until() { # wait_until SECONDS COMMAND...
     done
 }
 
-ours() { # ours PID: was it started for this cluster?
-    { tr '\0' '\n' <"/proc/$1/environ" | grep -qxF "SLURM_CONF=$SLURM_CONF"; } 2>/dev/null
+ours() { # ours PID: was it started for this cluster? No pipe: under pipefail `tr | grep -q` fails where tr still writes
+    grep -qszxF "SLURM_CONF=$SLURM_CONF" "/proc/$1/environ"
 }
 
 daemon_pid() { # prints the pid of a daemon of ours that lives
@@ -45,27 +48,27 @@ daemon_pid() { # prints the pid of a daemon of ours that lives
     pid=$(cat "$DIR/run/$1.pid" 2>/dev/null) && ours "$pid" && echo "$pid"
 }
 
-job_pids() { # prints every process of our jobs: those that name us and a job, each slurmstepd and all below it
-    local environ pid roots=" "
-    for environ in /proc/[0-9]*/environ; do
-        pid=${environ//[!0-9]/}
-        ours "$pid" || continue
-        if [[ $(cat "/proc/$pid/comm" 2>/dev/null) == slurmstepd ]] || grep -qsz '^SLURM_JOB_ID=' "$environ"; then
-            roots+="$pid "
-        fi
-    done
-    ps -eo pid=,ppid= | awk -v roots="$roots" '
-        { parent[$1] = $2 }
-        END { for (p in parent) { q = p; while (q in parent && !index(roots, " " q " ")) q = parent[q]
-                                  if (index(roots, " " q " ")) print p } }'
+remains() { # prints what lives of daemons and jobs: those branded, those that name us and a job, and all below them
+    local roots
+    roots=$({
+        grep -lsE "^Max file locks +$BRAND +$BRAND " /proc/[0-9]*/limits
+        grep -lszxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ | xargs -r grep -lsz '^SLURM_JOB_ID='
+    } | tr -cd '0-9\n' | xargs) || true
+    ps -eo pid=,ppid=,stat= | awk -v roots=" $roots " -v self="$$" '
+        { parent[$1] = $2; dead[$1] = $3 ~ /^[ZX]/ }
+        END { for (p in parent) { below = mine = 0
+                                  for (q = p; q in parent; q = parent[q]) {
+                                      if (index(roots, " " q " ")) below = 1
+                                      if (q == self) mine = 1 }
+                                  if (below && !mine && !dead[p]) print p } }'
 }
 
-kill_jobs() { # again until none is found: one may have forked while it was looked for
+nothing_remains() { # kills what it finds; true only once there is nothing, not even a process that is about to end
     local pids
-    for _ in {1..20}; do
-        pids=$(job_pids | grep -vx "$$") || break
-        xargs kill -KILL <<<"$pids" 2>/dev/null || true
-    done
+    pids=$(remains)
+    [[ -n $pids ]] || return 0
+    xargs kill -KILL <<<"$pids" 2>/dev/null || true
+    return 1
 }
 
 stop_daemon() {
@@ -86,8 +89,7 @@ remove_hosts() { # rewritten in place: containers mount /etc/hosts as a single f
 
 stop_cluster() { # safe at any stage; no slurmd is left to start or requeue anything when the jobs are killed
     local name
-    for name in "${DAEMONS[@]:0:3}"; do stop_daemon "$name"; done
-    kill_jobs
-    for name in "${DAEMONS[@]:3}"; do stop_daemon "$name"; done
+    for name in "${DAEMONS[@]}"; do stop_daemon "$name"; done
+    wait_until 20 nothing_remains || die "these processes do not end: $(remains | xargs)"
     remove_hosts
 }
