@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`fdiff submit` from a checkout: python launch/submit.py --nodes 2 --tasks_per_node 4 --preset celeba"""
+"""`fdiff submit` from a checkout: python launch/submit.py --nodes 2 --tasks_per_node 4 --preset celeba-k8"""
 
 import os
 import sys
