@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import torch
 
 from fdiff import __version__
 from fdiff.comm.survey import transports
-from fdiff.config import Config
+from fdiff.config import Config, DataConfig
 from fdiff.data import open_source
+from fdiff.data.cifar10 import URL as CIFAR10_URL
 from fdiff.device import visible_gpus
 from fdiff.errors import UserError
 from fdiff.extractor import INCEPTION_FILE, find_inception_weights
@@ -25,7 +28,8 @@ from fdiff.launcher import Launch
 GIB = 2**30
 OK, GAP, FAULT = "ok", "gap", "fault"  # there; missing, but this job does without; missing, and this job needs it
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
-CUDA_HELP = "pip install torch from https://pytorch.org/get-started for this node's driver"
+CUDA_HELP = "pip install --force-reinstall torch; https://pytorch.org/get-started has builds for older drivers"
+PUBLIC = ("fashion-mnist", "cifar10", "celeba")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def take(config: Config, launch: Launch) -> list[Finding]:
     """Everything that matters to the job, in the order in which it is printed."""
     return [
         Finding("fdiff", OK, f"{__version__}, Python {platform.python_version()}, {sys.executable}"),
-        *_torch(config),
+        *_torch(config, launch),
         *_transports(config, launch),
         _slurm(),
         _package("submitit", "fdiff submit", "slurm"),
@@ -53,10 +57,16 @@ def take(config: Config, launch: Launch) -> list[Finding]:
     ]
 
 
+def with_mpi_started(findings: Sequence[Finding], config: Config, launch: Launch) -> list[Finding]:
+    """The same after the ranks have met: an MPI that has been started says whether it takes device pointers."""
+    newer = {finding.name: finding for finding in _transports(config, launch)}
+    return [newer.get(finding.name, finding) for finding in findings]
+
+
 # --- software ------------------------------------------------------------------------------------------------------
 
 
-def _torch(config: Config) -> list[Finding]:
+def _torch(config: Config, launch: Launch) -> list[Finding]:
     cuda = torch.version.cuda
     found = [Finding("torch", OK, f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'CPU only'}")]
     gpus = visible_gpus()
@@ -64,10 +74,11 @@ def _torch(config: Config) -> list[Finding]:
         free = [torch.cuda.mem_get_info(i)[0] / GIB for i in range(len(gpus))]
         return [*found, *(Finding(f"GPU {i}", OK, f"{g.name}, {free[i]:.1f} GiB free") for i, g in enumerate(gpus))]
     status = FAULT if config.runtime.device == "cuda" else GAP
-    has_driver = shutil.which("nvidia-smi") is not None
-    what = "none that torch can use, though there is nvidia-smi" if has_driver else "none: no nvidia-smi either"
-    remedy = CUDA_HELP if has_driver else "--runtime.device cpu, or a node with GPUs"
-    return [*found, Finding("GPU", status, what, remedy)]
+    if launch.cuda_visible == "":
+        return [*found, Finding("GPU", status, "hidden by an empty CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
+    if shutil.which("nvidia-smi") is not None:
+        return [*found, Finding("GPU", status, "none that torch can use, though there is nvidia-smi", CUDA_HELP)]
+    return [*found, Finding("GPU", status, "none: no nvidia-smi either", "--runtime.device cpu, or a node with GPUs")]
 
 
 def _transports(config: Config, launch: Launch) -> list[Finding]:
@@ -89,7 +100,7 @@ def _transports(config: Config, launch: Launch) -> list[Finding]:
 
 def _slurm() -> Finding:
     if shutil.which("sinfo") is None:
-        return Finding("Slurm", GAP, "sinfo is not found", "work on a login node, or slurm/testcluster/up for a trial")
+        return Finding("Slurm", GAP, "sinfo is not found", "ssh to a login node, or slurm/testcluster/up for a trial")
     version = _printed("sinfo", "--version").removeprefix("slurm-wlm ").removeprefix("slurm ")
     partitions = _printed("sinfo", "--noheader", "--format=%R (%a, %D nodes)").splitlines()
     if not partitions:
@@ -116,22 +127,28 @@ def _package(name: str, purpose: str, extra: str) -> Finding:
 
 
 def _data(config: Config) -> list[Finding]:
-    """The job's data set, opened; and whether Fashion-MNIST is in one of its usual places."""
+    """The job's data set, opened; and the public ones that are in their usual places, or where the job's is."""
     data = config.data
-    wanted = [] if data.partition == "private" else [_data_set(config, FAULT)]
-    if data.dataset == "fashion-mnist":
-        return wanted
-    usual = replace(data, dataset="fashion-mnist", root=None, download=False, partition="iid")
-    return [*wanted, _data_set(replace(config, data=usual), GAP)]
+    root = "data" if data.root is None or data.partition == "private" else data.root
+    found = [] if data.partition == "private" else [_data_set(data, FAULT)]
+    for name in PUBLIC:
+        if name != data.dataset or data.partition == "private":
+            place = None if name == "fashion-mnist" else root
+            found.append(_data_set(DataConfig(dataset=name, root=place), GAP))
+    return found
 
 
-def _data_set(config: Config, if_missing: str) -> Finding:
+def _data_set(data: DataConfig, if_missing: str) -> Finding:
+    name = f"data {data.dataset}"
     try:
-        source = open_source(replace(config.data, download=False), "train")
+        source = open_source(replace(data, download=False), "train")
     except UserError as error:
         what, _, remedy = str(error).partition("; ")
-        return Finding(f"data {config.data.dataset}", if_missing, what, remedy)
-    return Finding(f"data {config.data.dataset}", OK, f"{source.name}: {len(source)} images")
+        if data.dataset == "cifar10":
+            folder = shlex.quote(data.root or "data")
+            remedy = f"mkdir -p {folder} && curl -L {CIFAR10_URL} | tar xz -C {folder}"
+        return Finding(name, if_missing, what, remedy)
+    return Finding(name, OK, f"{source.name}: {len(source)} images")
 
 
 def _inception() -> Finding:

@@ -43,12 +43,15 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
     assert report["launcher"] == name.removesuffix("-torch")
     assert [row["rank"] for row in report["ranks"]] == list(range(ranks))
     assert {(row["device"], row["backend"]) for row in report["ranks"]} == {("cpu", backend)}
+    reason = {"openmpi": "mpi: mpirun of Open MPI", "mpich": "mpi: mpirun of MPICH"}.get(name, "gloo: on the CPU")
+    assert {row["why"] for row in report["ranks"]} == {f"runtime.device cpu; {reason}"}
     locals_ = ["0 of 2", "1 of 2", "0 of 1"] if name == "srun" else ["0 of 2", "1 of 2"]
     assert [row["local"] for row in report["ranks"]] == locals_
     assert len(report["nodes"]) == (2 if name == "srun" else 1)
     library = {"openmpi": "Open MPI 5", "mpich": "MPICH"}.get(report["launcher"])
     if library:
-        assert findings(report)["MPI"]["what"].startswith(library)
+        what = findings(report)["MPI"]["what"]
+        assert what.startswith(library) and what.endswith("(not CUDA-aware, GPU tensors go over the host)")
     if name == "srun":
         assert findings(report)["Slurm"]["what"].endswith("partitions debug (up, 2 nodes)")
 
@@ -57,7 +60,7 @@ def test_without_a_launcher_it_says_what_is_there(tmp_path):
     done = alone(tmp_path, "--runtime.device", "cpu").check()
     assert "launcher none: one rank\n" in done.out
     row = next(line for line in done.out.splitlines() if "0 of 1" in line)
-    assert row.split()[0] == "0" and "cpu     none" in row and row.endswith("runtime.device cpu")
+    assert row.split()[0] == "0" and "cpu     none" in row and row.endswith("runtime.device cpu; none: one rank")
     assert "full, 5 clients, data embedded: this job could run here" in done.out
     for name in ("torch", "gloo", "data embedded", "run folder"):
         assert f"  ok  {name}" in done.out
@@ -97,6 +100,20 @@ def test_without_data_it_names_the_folder_and_the_package(tmp_path):
     data = findings(json.loads(done.out))["data fashion-mnist"]
     assert data["status"] == "fault" and "/nowhere" in data["what"] and "apt install" in data["remedy"]
     assert "/nowhere" in done.err
+
+
+def test_public_data_sets_are_looked_for_where_the_jobs_data_is(tmp_path):
+    cifar10 = tmp_path / "sets" / "cifar-10-batches-bin"
+    cifar10.mkdir(parents=True)
+    for i in range(1, 6):
+        (cifar10 / f"data_batch_{i}.bin").write_bytes(bytes(2 * (1 + 3 * 32 * 32)))
+    words = ("--data.dataset", "celeba", "--data.root", "sets", "--json")
+    found = findings(json.loads(alone(tmp_path, *words).out))
+    assert found["data celeba"]["status"] == "fault" and "img_align_celeba.zip" in found["data celeba"]["remedy"]
+    assert (found["data cifar10"]["status"], found["data cifar10"]["what"][-10:]) == ("ok", " 10 images")
+    assert found["data fashion-mnist"]["status"] in ("ok", "gap")
+    elsewhere = findings(json.loads(alone(tmp_path, "--json").check().out))
+    assert elsewhere["data cifar10"]["remedy"].startswith("mkdir -p data && curl -L https://www.cs.toronto.edu/")
 
 
 @pytest.mark.parametrize(

@@ -29,5 +29,6 @@ def transports() -> Transports:
         MPI = mpi_library.load()
     except UserError as error:
         return Transports(dist.is_gloo_available(), nccl, None, str(error), None)
-    aware = mpi_library.takes_device_pointers(MPI) if MPI.Is_initialized() else None
+    up = MPI.Is_initialized() and not MPI.Is_finalized()
+    aware = mpi_library.takes_device_pointers(MPI) if up else None
     return Transports(dist.is_gloo_available(), nccl, mpi_library.library_name(MPI), "", aware)

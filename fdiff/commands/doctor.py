@@ -17,6 +17,7 @@ import torch
 
 from fdiff import inventory
 from fdiff.comm import Communicator, agree, connect, exchange_json
+from fdiff.comm.mpi_library import STARTERS
 from fdiff.config import Config, RuntimeConfig
 from fdiff.data import open_client_source
 from fdiff.device import choose_device, default_threads, visible_gpus
@@ -37,9 +38,11 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
     """
     seen = _see(config, launch)
     comm, seen["problems"] = _meet(config.runtime, launch, seen["problems"])
+    found = [Finding(**f) for f in seen["findings"]]
+    seen["findings"] = [asdict(f) for f in inventory.with_mpi_started(found, config, launch)]
     everyone = [seen] if comm is None else exchange_json(comm, seen)
     if comm is not None:
-        everyone = _try(comm, config, seen, everyone)
+        everyone = _try(comm, config, launch, seen, everyone)
     problems = _verdict(config, launch, everyone)
     if launch.rank == 0 and json:
         print(json_module.dumps(_report(launch, everyone, problems)))
@@ -113,7 +116,7 @@ def _meet(
 
 
 def _try(
-    comm: Communicator, config: Config, seen: dict[str, Any], everyone: list[dict[str, Any]]
+    comm: Communicator, config: Config, launch: Launch, seen: dict[str, Any], everyone: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Start the backend on all ranks and sum a number, unless one of them has a problem; everybody's rows after it."""
     if any(each["problems"] for each in everyone):
@@ -122,6 +125,7 @@ def _try(
     try:
         _sum_ones(comm, torch.device(seen["row"]["device"]), config.runtime.share_gpu)
         seen["row"]["backend"] = comm.name
+        seen["row"]["why"] += f"; {comm.name}: {_why_backend(comm.name, config.runtime, launch, seen['row']['device'])}"
     except (UserError, RunError) as failed:
         error = failed
     try:
@@ -130,6 +134,17 @@ def _try(
     except (UserError, RunError) as agreed:
         seen["problems"].append(str(agreed))
         return [seen if each["row"]["rank"] == comm.rank else each for each in everyone]
+
+
+def _why_backend(backend: str, runtime: RuntimeConfig, launch: Launch, device: str) -> str:
+    """What led to the backend: the launcher or `runtime.comm`, and for torch's two the devices."""
+    if backend == "none":
+        return "one rank"
+    chosen = [] if runtime.comm == "auto" else [f"runtime.comm {runtime.comm}"]
+    if backend == "mpi":
+        return chosen[0] if chosen else f"mpirun of {STARTERS[launch.launcher]}"
+    reason = "a GPU for each rank" if backend == "nccl" else "on the CPU" if device == "cpu" else "ranks share GPUs"
+    return ", ".join([*chosen, reason])
 
 
 def _sum_ones(comm: Communicator, device: torch.device, share_gpu: bool) -> None:
