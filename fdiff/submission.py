@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +25,9 @@ from typing import Any
 from fdiff import launcher
 from fdiff.errors import UserError
 
-TIME_IS_UP, TERMINATED = 128 + signal.SIGUSR2, 128 + signal.SIGTERM  # how a training that was told to stop ends
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+TIME_IS_UP, TERMINATED, CANCELLED = STOPPED = tuple(128 + n for n in SIGNALS)  # of a training that was told to stop
+FAILED = (1, 2)  # of one that has said why, or whose other ranks have
 GRACE_S = 5.0  # for the others to find out by themselves that a rank is lost, and to say so
 SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -48,6 +50,7 @@ class Training:
 
     def __call__(self) -> None:
         """Train until done, or until told to stop and then requeue; exits with the training's status if not 0."""
+        controller = os.getppid()
         job = load_submitit().JobEnvironment()
         begun = restarts(job)
         flags = ["--config", str(self.config_file)] + ["--resume"] * (self.resume or begun > 0)
@@ -58,8 +61,8 @@ class Training:
                 sys.exit(0)
             if job.global_rank == 0:
                 print(f"fdiff: not requeued: that was start {begun + 1} of {self.max_requeues + 1}", file=sys.stderr)
-        elif status > 128:
-            _report_loss(job, status - 128)
+        elif status not in (0, *STOPPED):
+            _report_loss(job, status, controller)
         if status:
             sys.exit(status)
 
@@ -92,13 +95,43 @@ def _local_count(job: Any) -> Path:
     return Path(job.paths.folder) / f"{job.job_id}_restarts"
 
 
-def _report_loss(job: Any, number: int) -> None:
-    """Say that this rank's training was killed; where no srun does so, end the others, which may wait for it."""
-    print(f"fdiff: rank {job.global_rank} was ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    if job.cluster != "slurm":
-        for _ in range(2):  # the controller passes it on; a training heeds the second even while it waits
-            time.sleep(GRACE_S)
-            os.kill(os.getppid(), signal.SIGTERM)
+def _report_loss(job: Any, status: int, controller: int) -> None:
+    """Say how this rank's training ended, unless it or the others do; where no srun does so, end the others."""
+    names = {128 + number: number.name for number in signal.Signals}
+    how = f"was ended by {names[status]}" if status in names else f"ended with status {status}"
+    say = partial(print, f"fdiff: rank {job.global_rank} {how}", file=sys.stderr, flush=True)
+    if status not in FAILED:
+        say()
+    if job.cluster == "slurm" or not _others_go_on(controller):
+        return
+    if status in FAILED:
+        say()
+    _terminate(controller)
+    if _others_go_on(controller):  # a training heeds the second one even while it waits
+        _terminate(controller)
+
+
+def _terminate(controller: int) -> None:
+    """Have the local executor's controller pass SIGTERM on to all tasks, if it is still there."""
+    if os.getppid() == controller:
+        os.kill(controller, signal.SIGTERM)
+
+
+def _others_go_on(controller: int) -> bool:
+    """Whether a training of this local job still runs when they had time to end by themselves."""
+    end = time.monotonic() + GRACE_S
+    while any(_children(task) for task in _children(controller)):
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
 
 
 def slurm_state(job_id: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ import yaml
 from jobs import ROOT, TINY, arrays, clean_env, execute, fdiff
 from launching import PYTHON, rounds, started, trainers, wait_for
 
-from fdiff.errors import UserError
+from fdiff import submission
+from fdiff.commands import submit
+from fdiff.config import Config
+from fdiff.errors import RunError, UserError
 from fdiff.flags import parse
 from fdiff.submission import supervise
 
@@ -62,7 +66,7 @@ def test_without_submitit_it_names_the_extra(tmp_path, monkeypatch):
         request(*LOCAL)
 
 
-def test_slurm_is_asked_for_what_the_flags_say(tmp_path, monkeypatch):
+def test_slurm_is_asked_for_what_the_flags_say(tmp_path, monkeypatch, capsys):
     """submitit writes the batch file; only sbatch itself is stood in for, by a program that hands out a number."""
     monkeypatch.chdir(tmp_path)
     for name in ("sbatch", "srun"):
@@ -81,6 +85,38 @@ def test_slurm_is_asked_for_what_the_flags_say(tmp_path, monkeypatch):
     job = submitit.SlurmJob(folder="runs/submitit", job_id="123").submission().function
     assert yaml.safe_load(job.config_file.read_text())["federation"]["clients"] == 5
     assert (job.resume, job.max_requeues) == (False, 5)
+    log = tmp_path / "runs" / "submitit" / "123_0_log.out"
+    assert capsys.readouterr().out.splitlines() == [
+        f"job 123  run runs/embedded-full-iid-k5-e5-s0  log {log}",
+        f"follow:  tail -F {log}",
+        "stop:    scancel 123",
+    ]
+
+
+# --- waiting for it ------------------------------------------------------------------------------------------------
+
+JOB = SimpleNamespace(job_id="123", task=lambda i: SimpleNamespace(paths=SimpleNamespace(stdout="123_0_log.out")))
+
+
+def waited_for(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--wait` for a job on Slurm, which is in these states from poll to poll."""
+    answers = iter(states)
+    monkeypatch.setattr(submit, "slurm_state", lambda job: next(answers))
+    monkeypatch.setattr(submit.clock, "sleep", lambda seconds: None)
+    submit._wait([JOB], [Config()], "slurm")
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("hiccup", [["UNKNOWN"] * 11, ["PREEMPTED", "REQUEUE_HOLD"], ["NODE_FAIL", "PENDING"]])
+def test_a_state_that_passes_does_not_end_the_wait(hiccup, monkeypatch, capsys):
+    waited_for(["PENDING", "RUNNING", *hiccup, "RUNNING", "COMPLETED"], monkeypatch)
+    assert capsys.readouterr().out.count("RUNNING  round 0/15") == 2
+
+
+@pytest.mark.parametrize("states", [["FAILED"], ["CANCELLED"], ["UNKNOWN"] * 12, ["NODE_FAIL"] * 12])
+def test_a_state_that_stays_ends_the_wait(states, monkeypatch):
+    with pytest.raises(RunError, match=f"^job 123 {states[0]}, see 123_0_log.out$"):
+        waited_for(["RUNNING", *states], monkeypatch)
 
 
 # --- the child that trains -----------------------------------------------------------------------------------------
@@ -111,6 +147,36 @@ def test_signals_reach_the_child_which_dies_with_its_parent(tmp_path):
     process.kill()
     child = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}")
     wait_for(lambda: not child.exists() or "Z (" in (child / "status").read_text(), 10, "the child's end")
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        (137, "fdiff: rank 1 was ended by SIGKILL\n"),
+        (3, "fdiff: rank 1 ended with status 3\n"),
+        (255, "fdiff: rank 1 ended with status 255\n"),
+        (1, ""),  # the training has said why
+        (130, ""),  # cancelled
+        (143, ""),
+    ],
+)
+def test_how_a_training_ended_is_said_unless_it_was_told_to(status, said, monkeypatch, capsys):
+    job = SimpleNamespace(cluster="slurm", job_id="123", global_rank=1)
+    monkeypatch.setattr(submission, "load_submitit", lambda: SimpleNamespace(JobEnvironment=lambda: job))
+    monkeypatch.setattr(submission, "supervise", lambda command: status)
+    monkeypatch.setattr(submission, "slurm_state", lambda job: "CANCELLED")
+    with pytest.raises(SystemExit) as ended:
+        submission.Training(Path("config.yaml"), resume=False, max_requeues=5)()
+    assert ended.value.code == status and capsys.readouterr().err == said
+
+
+def test_only_the_controller_is_signalled_and_not_who_took_its_place(monkeypatch):
+    signalled = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signalled.append(pid))
+    submission._terminate(os.getppid() + 1)
+    assert signalled == []
+    submission._terminate(os.getppid())
+    assert signalled == [os.getppid()]
 
 
 # --- on this machine -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import hashlib
 import shlex
 import shutil
 import time as clock
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,13 @@ from fdiff.overlay import overlay
 from fdiff.submission import Training, load_submitit, slurm_state
 
 LOCAL_REQUEUES = 5  # submitit's local executor starts a job at most six times
-DONE, UNDER_WAY = "COMPLETED", ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+DONE = "COMPLETED"
+UNDER_WAY = frozenset(
+    "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED STOPPED SIGNALING STAGE_OUT RESIZING REQUEUED REQUEUE_FED "
+    "REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split()
+)
+MAY_PASS = frozenset({"UNKNOWN", "PREEMPTED", "NODE_FAIL"})  # no answer just now; about to be requeued, unless it stays
+PASSING_POLLS = 12
 SLURM_NAMES = {"tasks_per_node": "ntasks_per_node", "timeout_min": "time"}
 POLL_S = {"slurm": 5.0, "local": 0.5}
 
@@ -173,6 +180,7 @@ def _wait(jobs: Sequence[Any], configs: Sequence[Config], cluster: str) -> None:
     """Say how the jobs get on until all have ended; RunError names those that failed."""
     said: dict[str, str] = {}
     ended: dict[str, str] = {}
+    passing: Counter[str] = Counter()
     while len(ended) < len(jobs):
         for job, config in zip(jobs, configs, strict=True):
             state = ended.get(job.job_id) or _state(job, cluster)
@@ -180,7 +188,8 @@ def _wait(jobs: Sequence[Any], configs: Sequence[Config], cluster: str) -> None:
             if said.get(job.job_id) != line:
                 said[job.job_id] = line
                 print(line, flush=True)
-            if state not in UNDER_WAY:
+            passing[job.job_id] = passing[job.job_id] + 1 if state in MAY_PASS else 0
+            if state not in UNDER_WAY and not 0 < passing[job.job_id] < PASSING_POLLS:
                 ended[job.job_id] = state
         clock.sleep(POLL_S[cluster])
     failed = [f"job {job.job_id} {ended[job.job_id]}, see {_log(job)}" for job in jobs if ended[job.job_id] != DONE]
