@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from comm_cases import CASES, ramp
@@ -17,7 +19,7 @@ from fdiff import launcher
 from fdiff.comm import Communicator, LostRanks, connect
 from fdiff.comm.mpi import MpiCommunicator
 from fdiff.config import RuntimeConfig
-from fdiff.errors import UserError
+from fdiff.errors import RunError, UserError
 
 PATIENCE_S = 3.0
 
@@ -29,30 +31,68 @@ class Staged(MpiCommunicator):
         return False
 
 
-def pieces_add_up(comm: MpiCommunicator) -> None:
-    """Chunks as before MPI-4, of 100 bytes instead of 1 GiB."""
-    started = 0
+@contextmanager
+def counted(comm: MpiCommunicator) -> Iterator[list[str]]:
+    """What is waited for inside the block, one by one."""
+    started: list[str] = []
     watch = comm._control.watch
 
-    def counting(*args: object) -> None:
-        nonlocal started
-        started += 1
-        watch(*args)
+    def counting(requests: Sequence[object], what: str, ranks: Sequence[int]) -> None:
+        started.append(what)
+        watch(requests, what, ranks)
 
-    whole, comm._chunk_bytes, comm._control.watch = comm._chunk_bytes, 100, counting
+    comm._control.watch = counting
+    try:
+        yield started
+    finally:
+        comm._control.watch = watch
+
+
+def pass_on(comm: MpiCommunicator, tensor: torch.Tensor) -> int:
+    """From each even rank to the next; in how many pieces."""
+    to = comm.rank ^ 1
+    with comm.ledger.purpose("parameters"), counted(comm) as started:
+        comm.send(tensor, to) if comm.rank < to else comm.recv(tensor, to)
+    return len(started)
+
+
+def pieces_add_up(comm: MpiCommunicator) -> None:
+    """Chunks as before MPI-4, of 100 bytes instead of 1 GiB."""
+    whole, comm._chunk_bytes = comm._chunk_bytes, 100
     try:
         CASES["send_and_recv_go_round"](comm)
-        before, to = started, comm.rank ^ 1
-        with comm.ledger.purpose("parameters"):
-            comm.send(ramp(101), to) if comm.rank < to else comm.recv(torch.empty(101), to)
-        assert started - before == 5  # 404 bytes
+        assert pass_on(comm, ramp(101)) == 5  # 404 bytes
     finally:
-        comm._chunk_bytes, comm._control.watch = whole, watch
+        comm._chunk_bytes = whole
 
 
 def staging_delivers(comm: MpiCommunicator) -> None:
-    for name in ("all_reduce_sums", "all_reduce_among_some", "broadcast_delivers", "send_and_recv_go_round"):
+    """Through one buffer, which has grown to its full size once each operation has been done."""
+    names = ("all_reduce_sums", "broadcast_delivers", "send_and_recv_go_round", "several_sums_at_once")
+    buffers = []
+    for name in 2 * names:
         CASES[name](comm)
+        buffers.append(comm._host.data_ptr())
+    assert len(set(buffers[len(names) - 1 :])) == 1 and comm._host.numel() > 0 and comm._host_taken == 0
+
+
+def nothing_is_staged_on_the_cpu(comm: MpiCommunicator) -> None:
+    tensor = ramp(10)
+    with comm._reachable(tensor) as reached:
+        assert reached is tensor
+    assert comm._host.numel() == 0
+
+
+def errors_say_what_happened(comm: MpiCommunicator) -> None:
+    """Eight numbers into room for four."""
+    if comm.rank > 1:
+        return
+    try:
+        pass_on(comm, ramp(8) if comm.rank == 0 else torch.empty(4))
+        assert comm.rank == 0
+    except RunError as error:
+        text = "rank 1: the receive from rank 0 failed: .*truncat"
+        assert comm.rank == 1 and re.match(text, str(error)), error
 
 
 def cases() -> None:
@@ -62,6 +102,8 @@ def cases() -> None:
     comm.open(torch.device("cpu"))
     runs: dict[str, Callable[[], None]] = {name: lambda run=run: run(comm) for name, run in CASES.items()}
     runs["pieces_add_up"] = lambda: pieces_add_up(comm)
+    runs["nothing_is_staged_on_the_cpu"] = lambda: nothing_is_staged_on_the_cpu(comm)
+    runs["errors_say_what_happened"] = lambda: errors_say_what_happened(comm)
     runs["staging_delivers"] = lambda: staging_delivers(staged)
     errors: dict[str, str] = {}
     for name, run in runs.items():
@@ -79,7 +121,7 @@ def cases() -> None:
 
 
 def large() -> None:
-    """A broadcast of more than 2^31-1 elements."""
+    """A broadcast and a message of more than 2^31-1 elements."""
     launch = launcher.detect()
     comm = MpiCommunicator(launch, 120.0)
     comm.open(torch.device("cpu"))
@@ -92,7 +134,11 @@ def large() -> None:
         comm.broadcast(tensor, 0, (0, 1))
     assert tensor[marks].tolist() == list(range(1, len(marks) + 1)) and int(tensor.count_nonzero()) == len(marks)
     if comm.rank == 1:
-        print("DELIVERED", comm._chunk_bytes >= size, flush=True)
+        tensor.zero_()
+    pieces = pass_on(comm, tensor)
+    assert tensor[marks].tolist() == list(range(1, len(marks) + 1)) and int(tensor.count_nonzero()) == len(marks)
+    if comm.rank == 1:
+        print("DELIVERED", pieces, flush=True)
     comm.close()
 
 

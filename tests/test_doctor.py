@@ -84,6 +84,12 @@ def test_without_mpi_a_job_that_wants_it_could_not_run(tmp_path):
     assert done.err.count("fdiff: error: ") == 1 and "pip install 'fdiff[mpi]'" in done.err
 
 
+def test_a_library_that_is_asked_for_and_missing_is_not_taken_for_a_missing_mpi4py(tmp_path):
+    found = findings(json.loads(alone(tmp_path, "--json", MPI4PY_MPIABI="nowhere").check().out))["MPI"]
+    assert (found["status"], found["what"][:31]) == ("gap", "'mpi' needs an MPI library, and")
+    assert "unset MPI4PY_MPIABI" in found["remedy"]
+
+
 def test_without_mpi_under_mpirun_it_says_so_once(request, tmp_path):
     launcher = LAUNCHERS["openmpi"]
     code = WITHOUT.format(names=("mpi4py",), arguments=["doctor"])

