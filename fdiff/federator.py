@@ -14,15 +14,17 @@ On the other ranks a `Bystander` takes the same calls and does nothing, so that 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import math
 import os
 import platform
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOGS = ("rounds.jsonl", "clients.jsonl")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre and NFS, depending on how they are mounted
 
 
 class Federator:
@@ -120,7 +123,7 @@ class Federator:
     def sync(self) -> None:
         """Have the logs on the disk: before the checkpoint of a round becomes visible its rows must be there."""
         for name in LOGS:
-            with (self.dir / name).open("ab") as file:
+            with _appending(self.dir / name) as file:
                 os.fsync(file.fileno())
 
     def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
@@ -177,9 +180,18 @@ def books(config: Config, rank: int) -> Federator | Bystander:
 
 
 def lock(path: Path) -> int:
-    """Hold the file for as long as this process lives; BlockingIOError if another process does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Hold the file for as long as this process lives; BlockingIOError if another process does.
+
+    Some file systems have no locks; there the user must see to it, and is told so.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        log.warning("%s cannot be locked (%s); let no other job use this run folder", path, error.strerror)
     return descriptor
 
 
@@ -192,19 +204,29 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]], sync: bool = True) -> None:
-    """Append one line a row; with `sync` they are on the disk on return."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line a row; with `sync` they are on the disk on return. OSError if the file is a link elsewhere."""
+    with _appending(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         if sync:
             file.flush()
             os.fsync(file.fileno())
 
 
+def _appending(path: Path) -> TextIO:
+    return open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8")
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a file's text in one step; on return it is on the disk. A link is replaced, not followed."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    checkpoint.sync_folder(path.parent)
