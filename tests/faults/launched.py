@@ -17,46 +17,54 @@ import slurm_cluster as slurm
 from jobs import BIN, clean_env
 
 from faults.ledger import Row
-from faults.processes import left_over
-from faults.runs import METHODS, logged, lost, rounds_there, train
+from faults.processes import TAG, survivors, tagged
+from faults.runs import LOADING, METHODS, goes_on, logged, lost, rounds_there, train
 
 START_S = 90.0
-RUNTIME = ("--run.checkpoint_every", 5, "--runtime.timeout_s", 60)
 
 
-def torchrun(count: int, folder: Path, seed: int) -> Row:
+def torchrun(row: Row, cases: range, folder: Path) -> None:
     """SIGTERM to torchrun, which passes it on and kills after a while, or SIGUSR2 to each of its two ranks."""
-    row = Row("SIGTERM or SIGUSR2 under torchrun")
-    for i in range(count):
-        run, chance = folder / f"run-{i}", random.Random(seed + i)
-        request = train(run.name, METHODS[i % 4], 10_000, *RUNTIME)
+    for i in cases:
+        run, chance, user = folder / f"run-{i}", random.Random(i), (i + i // 4) % 2 == 1
+        request = train(run.name, METHODS[i % 4], 10_000, *_runtime(i))
         words = ["--standalone", "--nproc_per_node", 2, "-m", "fdiff", *request]
         with (folder / f"{i}.log").open("wb") as log:
             job = subprocess.Popen(
-                [str(w) for w in (BIN / "torchrun", *words)], cwd=folder, env=clean_env(), stdout=log, stderr=log
+                [str(w) for w in (BIN / "torchrun", *words)],
+                cwd=folder,
+                env=clean_env(**{TAG: run.name}),
+                stdout=log,
+                stderr=log,
             )
         _until_logged(run)
         time.sleep(chance.uniform(0, 2))
-        pids, began = children(job.pid), time.monotonic()
-        if i % 2:
-            for pid in pids:
-                os.kill(pid, signal.SIGUSR2)
-        else:
+        began = time.monotonic()
+        for pid in children(job.pid) if user else ():
+            os.kill(pid, signal.SIGUSR2)
+        if not user:
             job.send_signal(signal.SIGTERM)
         ended = _ends(job, 60)
-        complete = logged(run)[-1]["round"] if logged(run) else 0
-        right = bool(complete) and job.returncode != 0 and rounds_there(run)[-1:] == [complete]
-        if not right:
-            text = (folder / f"{i}.log").read_text()[-300:]
-            row.notes.append(f"{i}: {job.returncode} {rounds_there(run)} of {complete}: {text}")
-        row.saw(
-            right,
-            lost=lost(run, complete, keep=1),
-            hung=not ended,
-            left_over=left_over([job.pid, *pids]),
-            after_s=time.monotonic() - began,
-        )
-    return row
+        after_s = time.monotonic() - began
+        left_over = survivors(lambda tag=run.name: tagged(tag))
+        text = (folder / f"{i}.log").read_text()[-300:]
+        right = job.returncode != 0 and _went_on(row, f"{i}: {job.returncode} {text}", run, i)
+        row.saw(right, hung=not ended, left_over=left_over, after_s=after_s)
+
+
+def _runtime(i: int) -> list[object]:
+    return ["--run.checkpoint_every", 5, "--runtime.timeout_s", 60, *(LOADING if i // 2 % 2 == 0 else ())]
+
+
+def _went_on(row: Row, told: str, run: Path, i: int) -> bool:
+    """Whether the last complete round was committed and the run, taken up again, comes to what it would have been."""
+    complete = logged(run)[-1]["round"] if logged(run) else 0
+    there = rounds_there(run)
+    row.also(lost=lost(run, complete, keep=1))
+    right = bool(complete) and there[-1:] == [complete]
+    if not right:
+        row.notes.append(f"{told} {there} of {complete}")
+    return goes_on(row, run, 1 + i % 2, METHODS[i % 4]) and right
 
 
 def children(pid: int) -> list[int]:
@@ -88,36 +96,34 @@ def _ends(job: subprocess.Popen, seconds: float) -> bool:
     return True
 
 
-def on_slurm(count: int, folder: Path, seed: int) -> Row:
+def on_slurm(row: Row, cases: range, folder: Path) -> None:
     """`scancel --signal=USR2` or plain `scancel` (SIGTERM, later SIGKILL) of a job on two nodes."""
-    row = Row("SIGTERM or SIGUSR2 under Slurm")
     with slurm.running_cluster() as cluster:
-        for i in range(count):
-            _one_job(row, i, cluster, folder, random.Random(seed + i))
-    return row
+        for i in cases:
+            _one_job(row, i, cluster, folder, random.Random(i))
 
 
 def _one_job(row: Row, i: int, cluster: slurm.Cluster, folder: Path, chance: random.Random) -> None:
-    run = folder / f"run-{i}"
-    words = [sys.executable, "-m", "fdiff", *train(run.name, METHODS[i % 4], 10_000, *RUNTIME)]
+    run, user = folder / f"run-{i}", (i + i // 4) % 2 == 1
+    words = [sys.executable, "-m", "fdiff", *train(run.name, METHODS[i % 4], 10_000, *_runtime(i))]
     wrapped = "srun --wait=30 " + shlex.join(str(w) for w in words)
-    job = slurm.sbatch(
-        cluster, "--nodes=2", "--ntasks-per-node=1", f"--output={i}.log", f"--wrap={wrapped}", cwd=folder
-    )
+    request = ["--nodes=2", "--ntasks-per-node=1", f"--output={i}.log", f"--wrap={wrapped}"]
+    job = slurm.sbatch(cluster, *request, cwd=folder, env={TAG: run.name})
     _until_logged(run)
     time.sleep(chance.uniform(0, 2))
     began = time.monotonic()
-    slurm.run(cluster, ["scancel", *(["--signal=USR2"] if i % 2 else []), job])
+    slurm.run(cluster, ["scancel", *(["--signal=USR2"] if user else []), job])
     try:
         fields, ended = slurm.wait_for_job(cluster, job, timeout_s=90), True
     except TimeoutError:
         fields, ended = slurm.job_fields(cluster, job), False
+    after_s = time.monotonic() - began
+    left_over = survivors(lambda: tagged(run.name))
+    if not ended:
         slurm.run(cluster, ["scancel", "--signal=KILL", job])
-    status = 140 if i % 2 else None  # of a job that is cancelled Slurm keeps no status of its own
-    complete = logged(run)[-1]["round"] if logged(run) else 0
-    right = bool(complete) and rounds_there(run)[-1:] == [complete]
-    right = right and (status is None or fields["ExitCode"].split(":")[0] == str(status))
-    if not right:
-        text = (folder / f"{i}.log").read_text()[-300:] if (folder / f"{i}.log").exists() else ""
-        row.notes.append(f"{i}: {fields['JobState']} {fields['ExitCode']} {rounds_there(run)} of {complete}: {text}")
-    row.saw(right, lost=lost(run, complete, keep=1), hung=not ended, after_s=time.monotonic() - began)
+    text = (folder / f"{i}.log").read_text()[-300:] if (folder / f"{i}.log").exists() else ""
+    told = f"{i}: {fields['JobState']} {fields['ExitCode']} {text}"
+    # of a job that is cancelled Slurm keeps no status of its own
+    right = not user or fields["ExitCode"].split(":")[0] == "140"
+    right = _went_on(row, told, run, i) and right
+    row.saw(right, hung=not ended, left_over=left_over, after_s=after_s)

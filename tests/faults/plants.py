@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -63,8 +64,23 @@ def _deadly_payload(place: str, due, chance: random.Random) -> None:
         setattr(TorchCommunicator, name, deadly(getattr(TorchCommunicator, name)))
 
 
+def note_commits() -> None:
+    """Each commit that came to its end is noted, outside of the run's folder, which may be what is struck."""
+    from fdiff import checkpoint
+
+    commit = checkpoint.commit
+
+    def noting(temporary: Path, run_dir: Path, round: int, keep: int) -> Path:
+        final = commit(temporary, run_dir, round, keep)
+        with Path(f"{run_dir.name}.committed").open("a") as file:
+            file.write(f"{round}\n")
+        return final
+
+    checkpoint.commit = noting
+
+
 def kill_in_commit(seed: int, rank: int) -> None:
-    """SIGKILL at a uniformly random point of the third commit of this process; rank 0 notes what it has committed."""
+    """SIGKILL at a uniformly random point of the third commit of this process."""
     if rank != 0:
         return
     from fdiff import checkpoint
@@ -74,11 +90,9 @@ def kill_in_commit(seed: int, rank: int) -> None:
     began: list[float] = []
     took: list[float] = []
 
-    def noting(temporary: Path, run_dir: Path, round: int, keep: int) -> Path:
-        final = commit(temporary, run_dir, round, keep)
+    def timing(*arguments: object) -> Path:
+        final = commit(*arguments)
         took.append(time.monotonic() - began[-1])
-        with (run_dir / "committed").open("a") as file:
-            file.write(f"{round}\n")
         return final
 
     def starting(self, *arguments):
@@ -87,7 +101,50 @@ def kill_in_commit(seed: int, rank: int) -> None:
         if len(began) == 3:
             threading.Timer(chance.uniform(0, 1.2 * max(took)), die).start()
 
-    checkpoint.commit, Committer.start = noting, starting
+    checkpoint.commit, Committer.start = timing, starting
+
+
+def stop_in_round(round: int, step: int, victim: int, rank: int) -> None:
+    """SIGTERM of this rank itself at a training step of a round."""
+    if rank != victim:
+        return
+    from fdiff.client import Trainer
+
+    train, take = Trainer.train, Trainer.step
+    to_take = {"now": 0}
+
+    def counting(self, client, of_round, tick=lambda: None):
+        to_take["now"] = to_take["now"] or (step if of_round == round else 0)
+        return train(self, client, of_round, tick)
+
+    def stopping(self, *batch):
+        if to_take["now"]:
+            to_take["now"] -= 1
+            if not to_take["now"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *batch)
+
+    Trainer.train, Trainer.step = counting, stopping
+
+
+def hold_in_round(round: int, rank: int) -> None:
+    """A training step of a round does not end; the file `held` says that it has begun."""
+    from fdiff.client import Trainer
+
+    train = Trainer.train
+
+    def holding(self, client, of_round, tick=lambda: None):
+        if of_round == round:
+            Path("held").touch()
+            time.sleep(600)
+        return train(self, client, of_round, tick)
+
+    Trainer.train = holding
+
+
+def leave_a_process(rank: int) -> None:
+    """Something that this rank started outlives it."""
+    subprocess.Popen(["sleep", "60"])
 
 
 def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> None:

@@ -1,53 +1,54 @@
-"""Stopped after a round and taken up with another number of ranks: the same last checkpoint, bit by bit."""
+"""Stopped after a round and taken up with another number of ranks, again and again: bit by bit the same."""
 
 from __future__ import annotations
 
-import shutil
+import random
+import signal
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from jobs import arrays
-
+from faults import plants
 from faults.ledger import Row
-from faults.processes import Job, left_over
-from faults.runs import METHODS, logged, train
-from fdiff import checkpoint
+from faults.processes import Job
+from faults.runs import METHODS, equal, logged, rounds_there, train
 
-ROUNDS = 7
-CHANGES = ((4, 2), (2, 1), (1, 4), (4, 4))
+RANKS = (4, 2, 1, 4)  # each but the last is stopped
+STOPS = len(RANKS) - 1
+FIRST = 8  # the first stop of a run is after one of so many rounds
+LAST = FIRST + STOPS
 KEEPING = ("--optim.ema", 0.9, "--federation.keep_optimizer", "true", "--federation.fraction", 0.75)
 
 
-def resumes(count: int, folder: Path, seed: int) -> Row:
-    """Stop after each of 6 rounds, four methods, four changes of the number of ranks; 96 in all.
+def resumes(row: Row, cases: range, folder: Path) -> None:
+    """Runs on 4, 2, 1 and 4 ranks: SIGTERM within the round after each of three in a row; every such stop is a case.
 
-    Stopped means that the newest checkpoint is that round's; what the logs say of later ones has to be forgotten.
+    Cases go by runs, a run's three together; 32 runs are four methods with eight rounds to begin with.
     """
-    row = Row("stopped and resumed on other numbers of ranks")
-    cases = [(method, stop, change) for stop in range(1, 7) for method in METHODS for change in CHANGES]
-    step = max(1, len(cases) // count)
-    step -= step > 1 and step % 2 == 0  # odd, so that methods and changes take turns
-    for method, stop, (before, after) in cases[::step][:count]:
-        whole = _whole(folder, method, before)
-        run = Path(shutil.copytree(whole, folder / "run"))
-        for later in (g for g in checkpoint.generations(run) if g.round > stop):
-            shutil.rmtree(later.path)
-        job = Job(train("run", method, ROUNDS, *KEEPING, "--run.keep_checkpoints", 99, resume=True), after, folder)
+    for i in range(cases.start // STOPS, -(-cases.stop // STOPS)):
+        _one_run(row, folder, f"run-{i}", METHODS[i % 4], first_stop(i), random.Random(i))
+
+
+def first_stop(i: int) -> int:
+    """The round after which a run is stopped first."""
+    return 1 + (i // 4 + 2 * (i % 4)) % FIRST
+
+
+def _one_run(row: Row, folder: Path, name: str, method: str, first: int, chance: random.Random) -> None:
+    run = folder / name
+    for leg, ranks in enumerate(RANKS):
+        stop, goal = first + leg, LAST if leg == STOPS else 10_000
+        arguments = train(name, method, goal, *KEEPING, "--run.checkpoint_every", 4, resume=leg > 0)
+        fault = partial(plants.stop_in_round, stop + 1, 1 + chance.randrange(2), chance.randrange(ranks))
+        job = Job(arguments, ranks, folder, fault if leg < STOPS else None)
         ended = job.wait(120)
-        expected, got = arrays(whole, ROUNDS), arrays(run, ROUNDS) if ended else {}
-        equal = expected.keys() == got.keys() and all(np.array_equal(expected[n], got[n]) for n in expected)
-        right = equal and [r["round"] for r in logged(run)] == list(range(1, ROUNDS + 1))
-        if not right:
-            row.notes.append(f"{method} {stop} {before}->{after}: {job.statuses()} {job.said()[-300:]}")
-        row.saw(right, hung=not ended, left_over=left_over(job.pids))
-        shutil.rmtree(run)
-    return row
-
-
-def _whole(folder: Path, method: str, ranks: int) -> Path:
-    """A run of all rounds in one go that keeps every checkpoint; made when it is first wanted."""
-    run = folder / f"{method}-{ranks}"
-    if not run.exists():
-        job = Job(train(run.name, method, ROUNDS, *KEEPING, "--run.keep_checkpoints", 99), ranks, folder)
-        assert job.wait(180) and set(job.statuses()) == {0}, job.said()
-    return run
+        status, there = (0, LAST) if leg == STOPS else (128 + signal.SIGTERM, stop)
+        right = ended and set(job.statuses()) == {status} and rounds_there(run)[-1:] == [there]
+        right = right and [r["round"] for r in logged(run)] == list(range(1, there + 1))
+        silent = right and not equal(run, there, method, *KEEPING)
+        if not right or silent:
+            row.notes.append(f"{name} {method} {stop} on {ranks}, {silent=}: {job.statuses()} {job.said()[-300:]}")
+        found = {"silent": silent, "hung": not ended, "left_over": job.left_over}
+        if leg < STOPS:
+            row.saw(right, **found)
+        else:  # the end of the run, after its last stop
+            row.also(**found, lost=not right)

@@ -6,24 +6,30 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import slurm_cluster
 
-from faults import damage, failing, killing, launched, resuming
+from faults import damage, failing, fuzzing, killing, launched, power, resuming
 from faults.ledger import Row
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to make a row: `make(count, folder, seed)`; counts of the short and the full suite."""
+    """A way to fill a row: `inject(row, cases, folder)`; counts of the short and the full suite.
 
-    make: Callable[[int, Path, int], Row]
+    What a case is follows from its number alone, so that cases may be injected in several calls.
+    """
+
+    title: str
+    inject: Callable[[Row, range, Path], None]
     short: int
     full: int
     needs: Callable[[], str | None] = lambda: None  # why it cannot be injected here, or None
+    control: bool = False
 
 
 def mounting() -> str | None:
@@ -35,29 +41,36 @@ def mounting() -> str | None:
 
 
 FAULTS: dict[str, Fault] = {
-    "commits": Fault(killing.commits, 20, 200),
-    "ranks": Fault(killing.ranks, 8, 100),
-    "clients": Fault(failing.clients, 8, 50),
-    "stopped": Fault(killing.stopped, 2, 20),
-    "signals": Fault(killing.signals, 4, 30),
-    "torchrun": Fault(launched.torchrun, 1, 20),
-    "slurm": Fault(launched.on_slurm, 2, 10, needs=slurm_cluster.why_not),
-    "damage": Fault(damage.files, 30, 100),
-    "disks": Fault(failing.disks, 4, 20, needs=mounting),
-    "resumes": Fault(resuming.resumes, 12, 96),
-    "configurations": Fault(damage.configurations, 25, 100),
-    "checkpoints": Fault(damage.checkpoints, 25, 100),
-    "power": Fault(damage.power_cuts, 3, 50, needs=mounting),
-    "control": Fault(damage.careless, 2, 20, needs=mounting),
+    "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 20, 200),
+    "ranks": Fault("SIGKILL of a client rank", killing.ranks, 8, 100),
+    "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
+    "stopped": Fault("SIGSTOP of one rank", killing.stopped, 2, 20),
+    "signals": Fault("SIGTERM or SIGUSR2 at a random time", killing.signals, 4, 24),
+    "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launched.torchrun, 2, 40),
+    "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launched.on_slurm, 2, 10, needs=slurm_cluster.why_not),
+    "damage": Fault("damaged checkpoint", damage.files, 32, 104),
+    "disks": Fault("disk full or read-only during a commit", failing.disks, 4, 20, needs=mounting),
+    "resumes": Fault("stopped and resumed on other numbers of ranks", resuming.resumes, 12, 96),
+    "configurations": Fault("malformed configuration (fuzzed)", fuzzing.configurations, 25, 100),
+    "checkpoints": Fault("mangled checkpoint (fuzzed)", fuzzing.checkpoints, 15, 60),
+    "headers": Fault("forged checkpoint header (fuzzed)", fuzzing.headers, 10, 40),
+    "power": Fault("power cut during a commit", power.cuts, 3, 50, needs=mounting),
+    "control": Fault("control: in place, no sync", power.careless, 2, 20, needs=mounting, control=True),
 }
 
 
-def run(name: str, count: int, seed: int = 0) -> tuple[Row, float]:
-    """Inject a fault so many times; its row, and the seconds that it took."""
-    began = time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix=f"fdiff-{name}-"))
+def run(name: str, count: int, first: int = 0) -> tuple[Row, float]:
+    """Inject so many cases of a fault, from the first on; its row, and the seconds that it took.
+
+    An error in the suite itself is a case that was not detected: the row does not pass, and the other rows go on.
+    """
+    began, fault = time.monotonic(), FAULTS[name]
+    row, folder = Row(fault.title, control=fault.control), Path(tempfile.mkdtemp(prefix=f"fdiff-{name}-"))
     try:
-        row = FAULTS[name].make(count, folder, seed)
+        fault.inject(row, range(first, first + count), folder)
+    except Exception:
+        row.saw(False)
+        row.notes.append(traceback.format_exc())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return row, time.monotonic() - began
