@@ -5,8 +5,8 @@ report, all segments at once. `ordered`: the same sum strictly in client order, 
 is bit-equal for any number of ranks; it sends as many bytes, one after the other.
 
 Order of calls: `add` for every hosted client that trained, in client order, then `finish` once, on every rank.
-`add` scales at once, before it is known whether all clients will report; where some were dropped, the sum of the
-others' terms is scaled once more, by the same factor on every rank.
+Whoever hosts several clients scales at once, before it is known whether all clients will report, and where some were
+dropped once more; a client alone on its rank is scaled on the way, when it is known.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from fdiff.comm import Communicator, Sum
-from fdiff.plan import RoundPlan, reporting_ranks
+from fdiff.plan import RoundPlan, hosted_by, reporting_ranks
 
 
 class Aggregation:
     """One round's averages, in `out`: the range of all shared parts, on every rank.
 
     `weights` has n_k of each client, `slices` the range of each part within `out`. A client's own parameters may be
-    `out` itself (one client a rank: everything happens in place) or another tensor of its size. `before` (like `out`)
-    is what a part keeps if all its reporters are dropped; it is not needed where none is.
+    `out` itself (one client a rank: everything happens in place) or another tensor of its size. Where a rank hosts
+    several clients, `reserve` has it keep all that its first one trained, in case that is left to report a part alone.
     """
 
     def __init__(
@@ -38,11 +38,12 @@ class Aggregation:
         comm: Communicator,
         ordered: bool,
         purpose: str = "parameters",
-        before: Tensor | None = None,
+        reserve: bool = False,
     ) -> None:
         self._plan, self._weights, self._out = plan, weights, out
         self._slices, self._clients, self._comm, self._ordered = slices, clients, comm, ordered
-        self._purpose, self._before = purpose, before
+        self._purpose, self._keeps_reserve = purpose, reserve
+        self._reserve: Tensor | None = None
         self._segments = [
             (slice(slices[parts[0]].start, slices[parts[-1]].stop), reporters) for parts, reporters in plan.segments()
         ]
@@ -51,12 +52,18 @@ class Aggregation:
 
     def add(self, client: int, parameters: Tensor) -> None:
         """Take from a client, fresh from training, the segments that it reports; `parameters` has `out`'s shape."""
+        if self._reserve is None:
+            copies = self._keeps_reserve and parameters is not self._out
+            self._reserve = parameters.clone() if copies else parameters
         for i, (span, reporters) in enumerate(self._segments):
             if client not in reporters:
                 continue
-            weight = self._weights[client] / sum(self._weights[c] for c in reporters)
+            weight, in_place = self._weights[client] / self._total(reporters), parameters is self._out
             if self._ordered:
-                self._terms[i].append(_scaled(parameters[span], weight, parameters is self._out))
+                self._terms[i].append(_scaled(parameters[span], weight, in_place))
+            elif self._alone(self._comm.rank) is not None:
+                if not in_place:
+                    self._out[span].copy_(parameters[span])
             elif self._started[i]:
                 self._out[span].add_(parameters[span], alpha=weight)
             else:
@@ -66,32 +73,56 @@ class Aggregation:
     def finish(self, dropped: Collection[int] = ()) -> None:
         """Average all segments, the same on every rank.
 
-        `dropped`, the same on every rank, are clients of the plan that were not added; they are averaged over as if
-        they had not been selected.
+        `dropped`, the same on every rank, are clients of the plan that were not added, though not all of them; see
+        `RoundPlan.without`.
         """
-        left = [[c for c in reporters if c not in dropped] for _, reporters in self._segments]
+        segments = range(len(self._segments))
+        left = [self._left(i, dropped) for i in segments]
         ranks = [reporting_ranks(those, self._clients, self._comm.size) for those in left]
         with self._comm.ledger.purpose(self._purpose):
-            if self._ordered:
-                for i in (i for i, those in enumerate(ranks) if those):
-                    self._pass_on(i, ranks[i])
-            else:
-                self._comm.combine([self._sum(i, those) for i, those in enumerate(ranks) if those])
+            if not self._ordered:
+                self._comm.combine([self._sum(i, left[i], ranks[i]) for i in segments])
+                return
+            for i in segments:
+                self._pass_on(i, ranks[i])
         for (span, reporters), those in zip(self._segments, left, strict=True):
-            if len(those) < len(reporters):
-                self._make_up(span, reporters, those)
+            if set(those) < set(reporters):
+                self._out[span].mul_(self._total(reporters) / self._total(those))
 
-    def _make_up(self, span: slice, reporters: Sequence[int], left: Sequence[int]) -> None:
-        """What was scaled by n_k / Σ of all reporters is scaled to n_k / Σ of those left, if any."""
+    def _left(self, i: int, dropped: Collection[int]) -> tuple[int, ...]:
+        """The clients that report a segment; if one steps in for all who were to, it is now its rank's term."""
+        span, reporters = self._segments[i]
+        left = tuple(c for c in reporters if c not in dropped)
         if left:
-            self._out[span].mul_(sum(self._weights[c] for c in reporters) / sum(self._weights[c] for c in left))
-            return
-        assert self._before is not None
-        self._out[span].copy_(self._before[span])
+            return left
+        self._segments[i] = (span, left := self._plan.without(dropped).selected[:1])
+        if reporting_ranks(left, self._clients, self._comm.size) == (self._comm.rank,):
+            assert self._reserve is not None
+            self._terms[i] = [self._reserve[span]]
+            self._out[span].copy_(self._reserve[span])
+        return left
 
-    def _sum(self, i: int, ranks: tuple[int, ...]) -> Sum:
+    def _sum(self, i: int, left: Sequence[int], ranks: tuple[int, ...]) -> Sum:
+        """What the ranks are to do for a segment that these clients, on these ranks, report."""
+        span, reporters = self._segments[i]
         receivers = tuple(r for r in range(self._comm.size) if r not in ranks)
-        return Sum(self._out[self._segments[i][0]], ranks, receivers)
+        weights = {rank: self._unscaled(rank, reporters) / self._total(left) for rank in ranks}
+        if ranks == (self._comm.rank,):  # nothing to add up
+            _scaled(self._out[span], weights[self._comm.rank], in_place=True)
+        return Sum(self._out[span], ranks, receivers, weights if len(ranks) > 1 else None)
+
+    def _unscaled(self, rank: int, reporters: Sequence[int]) -> float:
+        """By what the terms that a rank has added up are still to be multiplied, and divided by the sum of weights."""
+        client = self._alone(rank)
+        return self._total(reporters) if client is None else self._weights[client]
+
+    def _total(self, clients: Sequence[int]) -> float:
+        return sum(self._weights[c] for c in clients)
+
+    def _alone(self, rank: int) -> int | None:
+        """The client that is its rank's only one."""
+        hosted = hosted_by(rank, self._clients, self._comm.size)
+        return hosted[0] if len(hosted) == 1 else None
 
     def _pass_on(self, i: int, ranks: tuple[int, ...]) -> None:
         out = self._out[self._segments[i][0]]
@@ -114,6 +145,8 @@ class Aggregation:
 
 
 def _scaled(tensor: Tensor, weight: float, in_place: bool) -> Tensor:
-    return tensor.mul_(weight) if in_place else tensor * weight
+    if in_place:
+        return tensor if weight == 1 else tensor.mul_(weight)
+    return tensor * weight
 
 

@@ -25,11 +25,16 @@ from fdiff.unet import PARTS, UNet
 
 @dataclass
 class Client:
-    """A client: its images, and its state while another client of its rank is in the trainer."""
+    """A client: its images, and its state as it was parked on the host.
+
+    What is `lent` is being written, and left alone: the client is then parked in its `spare` memory.
+    """
 
     index: int
     shard: Shard
     parked: dict[str, Tensor] = field(default_factory=dict)
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    lent: bool = False
     trained: Tensor | None = None  # its shared parts as it last trained them, where the run keeps them
 
 
@@ -103,7 +108,8 @@ class Trainer:
         """Train all parameters for E epochs, after `prepare`; `tick` is called after each step.
 
         The shuffling and the noise derive from (seed, client, round). RunError if a loss is not finite; it names the
-        step, counted from 1 in the round. The device is not waited for inside an epoch.
+        step, counted from 1 in the round; and if the last step left parameters that are not. The device is not waited
+        for inside an epoch.
         """
         started = time.perf_counter()
         shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
@@ -116,6 +122,8 @@ class Trainer:
                 sizes.append(len(images))
                 tick()
             epochs.append(_mean_loss(torch.stack(losses), sizes, epoch * len(losses)))
+        if not self.buckets.flat.isfinite().all():
+            raise RunError("the parameters are not finite numbers after the last step")
         images_seen = len(client.shard) * len(epochs)
         return Report(client.index, tuple(epochs), images_seen, time.perf_counter() - started)
 

@@ -36,9 +36,14 @@ class RoundPlan:
     reporters: Reporters
 
     def without(self, dropped: Collection[int]) -> RoundPlan:
-        """The round as it is if these clients fail in it. A part that nobody is left to report keeps its value."""
+        """The round as it is if these clients fail in it.
+
+        A part all of whose reporters fail is reported by the first client left, which has trained it as well.
+        """
         left = tuple(c for c in self.selected if c not in dropped)
-        reporters = {part: tuple(c for c in those if c not in dropped) for part, those in self.reporters.items()}
+        reporters = {
+            part: tuple(c for c in those if c not in dropped) or left[:1] for part, those in self.reporters.items()
+        }
         return RoundPlan(self.round, left, reporters)
 
     def segments(self) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:

@@ -31,14 +31,13 @@ def parameters(client: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(client).normal(size=37))
 
 
-def expected(reporters: dict[str, tuple[int, ...]], dropped: tuple[int, ...], before: torch.Tensor) -> np.ndarray:
-    """The weighted means of those left, by NumPy; what was before where nobody is left."""
-    mean = before.numpy().copy()
+def expected(reporters: dict[str, tuple[int, ...]], dropped: tuple[int, ...]) -> np.ndarray:
+    """The weighted means of those left, by NumPy; the first client's where no reporter is left."""
+    mean = np.empty(37)
     for part, span in SLICES.items():
-        left = [c for c in reporters[part] if c not in dropped]
-        if left:
-            total = sum(WEIGHTS[c] for c in left)
-            mean[span] = sum(WEIGHTS[c] * parameters(c).numpy()[span] for c in left) / total
+        left = [c for c in reporters[part] if c not in dropped] or [min(set(WEIGHTS) - set(dropped))]
+        total = sum(WEIGHTS[c] for c in left)
+        mean[span] = sum(WEIGHTS[c] * parameters(c).numpy()[span] for c in left) / total
     return mean
 
 
@@ -46,9 +45,8 @@ def averaged(comm: Communicator, name: str, dropped: tuple[int, ...], ordered: b
     """This rank's average where its clients, in place if it has one only, train and those dropped do not report."""
     plan = RoundPlan(1, tuple(WEIGHTS), PLANS[name])
     hosted = hosted_by(comm.rank, len(WEIGHTS), comm.size)
-    before = torch.full((37,), 0.25, dtype=torch.float64)
     out = torch.full((37,), torch.nan, dtype=torch.float64)  # what training that failed may leave
-    average = Aggregation(plan, WEIGHTS, out, SLICES, len(WEIGHTS), comm, ordered, before=before)
+    average = Aggregation(plan, WEIGHTS, out, SLICES, len(WEIGHTS), comm, ordered, reserve=True)
     for client in hosted:
         if client in dropped:
             continue
@@ -67,8 +65,7 @@ def averaged(comm: Communicator, name: str, dropped: tuple[int, ...], ordered: b
 @pytest.mark.parametrize("dropped", DROPPED)
 def test_those_left_are_averaged_as_if_alone(name, dropped, ordered):
     result = averaged(SoloCommunicator(), name, dropped, ordered)[:-1]
-    before = torch.full((37,), 0.25, dtype=torch.float64)
-    np.testing.assert_allclose(result, expected(PLANS[name], dropped, before), rtol=1e-12)
+    np.testing.assert_allclose(result, expected(PLANS[name], dropped), rtol=1e-12)
 
 
 def all_cases(comm: Communicator) -> list[np.ndarray]:
@@ -80,12 +77,11 @@ def all_cases(comm: Communicator) -> list[np.ndarray]:
 @pytest.mark.parametrize("ranks", [2, 6])
 def test_on_several_ranks_all_get_the_same_and_the_plan_counts_the_bytes(tmp_path, ranks):
     found = run_ranks(all_cases, ranks, tmp_path)
-    before = torch.full((37,), 0.25, dtype=torch.float64)
     sizes = {part: s.stop - s.start for part, s in SLICES.items()}
     for i, (name, dropped, _) in enumerate((n, d, o) for n in PLANS for d in DROPPED for o in (False, True)):
         for of_rank in found:
             assert np.array_equal(of_rank[i][:-1], found[0][i][:-1]), "bit-equal on all ranks"
-            np.testing.assert_allclose(of_rank[i][:-1], expected(PLANS[name], dropped, before), rtol=1e-12)
+            np.testing.assert_allclose(of_rank[i][:-1], expected(PLANS[name], dropped), rtol=1e-12)
         plan = RoundPlan(1, tuple(WEIGHTS), PLANS[name]).without(dropped)
         assert sum(r[i][-1] for r in found) == pytest.approx(wire_bytes(plan, sizes, len(WEIGHTS), ranks, 8))
 
@@ -95,6 +91,8 @@ def test_a_plan_without_some_clients():
     less = plan.without({1, 4})
     assert less.selected == (0, 2, 3, 5) and less.round == 3
     assert all(set(less.reporters[p]) == set(plan.reporters[p]) - {1, 4} for p in plan.reporters)
+    alone = plan.without(plan.reporters["encoder"])
+    assert alone.reporters["encoder"] == alone.selected[:1]
     assert plan.without(()) == plan
     nobody = plan.without(range(6))
     assert wire_bytes(nobody, dict.fromkeys(plan.reporters, 7), 6, 6) == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,17 +37,23 @@ class LostRanks(RunError):
 class Sum:
     """A contiguous tensor to be summed, in place, over its reporters, and written to its receivers as well.
 
-    Both are sorted, and no rank is in both; on other ranks the tensor is not touched.
+    Both are sorted, and no rank is in both; on other ranks the tensor is not touched. `weights` has the factor by which
+    a reporter's tensor counts; none: 1 each. To scale here costs less than before, where it takes a pass over all.
     """
 
     tensor: Tensor
     reporters: tuple[int, ...]
     receivers: tuple[int, ...] = ()
+    weights: Mapping[int, float] | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """All that take part, sorted."""
         return tuple(sorted(self.reporters + self.receivers))
+
+    def weight(self, rank: int) -> float:
+        """The factor of a reporter."""
+        return 1.0 if self.weights is None else self.weights[rank]
 
 
 class Ledger:

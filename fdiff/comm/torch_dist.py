@@ -78,6 +78,8 @@ class TorchCommunicator(Collectives):
     def _nccl(self, one: Sum) -> None:
         reporters, receivers = one.reporters, one.receivers
         group = self._group(reporters)
+        if self.rank in reporters and one.weight(self.rank) != 1:
+            one.tensor.mul_(one.weight(self.rank))
         if self.rank in reporters and len(reporters) > 1:
             self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * one.tensor.nbytes)
             self._payload(

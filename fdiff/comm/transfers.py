@@ -7,6 +7,7 @@ one rank, so it has the same bits everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -43,32 +44,36 @@ class Transfers:
             here = [b for b in blocks if b is not None]
             shares = [phases(b.tensor.numel(), b.reporters, b.receivers, self._rank) for b in here]
             for at in range(PHASES):
-                self._phase([(b.tensor, share[at]) for b, share in zip(here, shares, strict=True)], post, wait)
+                self._phase([(b, share[at]) for b, share in zip(here, shares, strict=True)], post, wait)
 
-    def _phase(self, shares: Sequence[tuple[Tensor, Phase]], post: Any, wait: Any) -> None:
+    def _phase(self, shares: Sequence[tuple[Sum, Phase]], post: Any, wait: Any) -> None:
         arrivals, departures = [], []
         terms = self._terms(shares)
-        for tensor, phase in shares:
+        for one, phase in shares:
             for source, (start, stop) in phase.receives:
-                piece = tensor[start:stop]
+                piece = one.tensor[start:stop]
                 term = next(terms) if phase.adds else None
-                arrivals.append((post(False, piece if term is None else term, source), piece, term))
-        for tensor, phase in shares:
+                arrivals.append((post(False, piece if term is None else term, source), piece, term, one, source))
+        for one, phase in shares:
             for to, (start, stop) in phase.sends:
-                self._ledger.count((stop - start) * tensor.element_size())
-                departures.append(post(True, tensor[start:stop], to))
-        for handle, piece, term in arrivals:
+                self._ledger.count((stop - start) * one.tensor.element_size())
+                departures.append(post(True, one.tensor[start:stop], to))
+        for one, phase in shares:
+            if phase.owns is not None:
+                _scale(one.tensor[slice(*phase.owns)], one.weight(self._rank))
+        for handle, piece, term, one, source in arrivals:
             wait([handle])
             if term is not None:
-                piece.add_(term)
+                _add(piece, term, one.weight(source))
         wait(departures)
-        if arrivals and shares[0][0].is_cuda:
-            torch.cuda.current_stream(shares[0][0].device).synchronize()  # before the sums are sent
+        tensor = shares[0][0].tensor
+        if arrivals and tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()  # before the sums are sent
 
-    def _terms(self, shares: Sequence[tuple[Tensor, Phase]]) -> Iterator[Tensor]:
+    def _terms(self, shares: Sequence[tuple[Sum, Phase]]) -> Iterator[Tensor]:
         """Memory for each of the pieces that are to be added."""
         sizes = [stop - start for _, phase in shares if phase.adds for _, (start, stop) in phase.receives]
-        like = shares[0][0]
+        like = shares[0][0].tensor
         if self._room.numel() < sum(sizes) or (self._room.dtype, self._room.device) != (like.dtype, like.device):
             self._room = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
         return iter(self._room[: sum(sizes)].split(sizes))
@@ -78,4 +83,14 @@ def _blocks(one: Sum) -> list[Sum]:
     """The same sum, block by block; its tensor flat."""
     flat = one.tensor.view(-1)
     pieces = flat.split(max(1, BLOCK_BYTES // flat.element_size()))
-    return [Sum(piece, one.reporters, one.receivers) for piece in pieces]
+    return [replace(one, tensor=piece) for piece in pieces]
+
+
+def _scale(piece: Tensor, weight: float) -> None:
+    if weight != 1:
+        piece.mul_(weight)
+
+
+def _add(piece: Tensor, term: Tensor, weight: float) -> None:
+    """Of whole numbers only as they are: they have no weights."""
+    piece.add_(term) if weight == 1 else piece.add_(term, alpha=weight)
