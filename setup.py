@@ -29,6 +29,7 @@ setup(
         "torchvision>=0.26",
         "numpy>=1.26",
         "h5py>=3.11",
+        "blake3>=1.0",
         "pytorch-fid>=0.3",
         "safetensors>=0.4",
         "jsonargparse[signatures]>=4.44",

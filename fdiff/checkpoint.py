@@ -135,6 +135,11 @@ def read_generation(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[dict[str, np.ndarray]]]:
     """The arrays and header of `global.h5`, and the arrays of the given clients; Damaged if anything is amiss."""
     arrays, header = read_file(path / GLOBAL)
+    return arrays, header, read_clients(path, header, clients)
+
+
+def read_clients(path: Path, header: Mapping[str, Any], clients: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The arrays of the given clients, by the header of `global.h5`; Damaged if anything is amiss."""
     listed = _listed(path, header)
     states = []
     for client in clients:
@@ -142,7 +147,7 @@ def read_generation(
         if name not in listed:
             raise Damaged(f"{path / GLOBAL}: does not list {name}; this client is not part of the checkpoint")
         states.append(read_file(path / name, listed[name])[0])
-    return arrays, header, states
+    return states
 
 
 def inspect(path: Path) -> dict[str, Examined]:

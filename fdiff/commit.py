@@ -21,8 +21,9 @@ from fdiff.errors import RunError
 
 Arrays = Mapping[str, np.ndarray]
 POLL_S = 0.01
+FILES_AT_ONCE = 3
 VISIBLE_S = 120.0  # how long a file system may take to show one node what another has written
-GRACE_S = 5.0  # how long a run that fails waits for a commit under way
+GRACE_S = 1.5  # how long a run that fails waits for a commit under way
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,21 @@ class Committer:
     """A rank's side of the commits of a run; one commit at a time.
 
     `attempt` is the same on all ranks and new at each start of the job. `clients` have a file in every checkpoint.
-    The rank that `leads` writes global.h5 and makes the checkpoint visible.
+    The rank that `leads` writes global.h5 and makes the checkpoint visible. It waits `visible_s` for files that others
+    have written: less than they wait for it.
     """
 
-    def __init__(self, run_dir: Path, attempt: str, keep: int, clients: Sequence[int], leads: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        attempt: str,
+        keep: int,
+        clients: Sequence[int],
+        leads: bool,
+        visible_s: float = VISIBLE_S,
+    ) -> None:
         self._run_dir, self._attempt, self._keep, self.leads = run_dir, attempt, keep, leads
+        self._visible_s = visible_s
         self._files = [checkpoint.client_file(c) for c in clients]
         self._stop, self._all_written = threading.Event(), threading.Event()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
@@ -80,11 +91,11 @@ class Committer:
             if not target.is_dir():
                 raise RunError(f"{target} has vanished while it was being written")
             if self._all_written.is_set():
-                deadline = min(deadline, time.monotonic() + VISIBLE_S)
+                deadline = min(deadline, time.monotonic() + self._visible_s)
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"{target / missing[0]} is written but not visible here after {VISIBLE_S:g} s; run.dir must be on "
-                    "a file system that all ranks share"
+                    f"{target / missing[0]} is written but not visible here after {self._visible_s:g} s; run.dir must "
+                    "be on a file system that all ranks share"
                 )
 
     def wait(self) -> None:
@@ -102,16 +113,25 @@ class Committer:
         _raise_from(self._committed, block=False)
 
     def close(self) -> None:
-        """Let a commit under way come to its end if it soon does; what is not complete stays invisible."""
-        wait([f for f in (self._written, self._committed) if f is not None], timeout=GRACE_S)
+        """Let a commit under way come to its end if it soon does; what is not complete stays invisible.
+
+        A disk that does not answer is not waited for: its thread is left behind, and ends with the process.
+        """
+        under_way = [f for f in (self._written, self._committed) if f is not None]
+        late = wait(under_way, timeout=GRACE_S).not_done
         self._stop.set()
-        self._threads.shutdown(wait=True)
+        self._threads.shutdown(wait=not late, cancel_futures=True)
 
 
 def _write_clients(target: Path, clients: Mapping[int, Arrays]) -> None:
+    """While one file is on its way to the disk or back, another is."""
     target.mkdir(parents=True, exist_ok=True)
-    for index, arrays in clients.items():
-        arrayfile.write_file(target / checkpoint.client_file(index), arrays, {"client": index})
+
+    def write(index: int) -> None:
+        arrayfile.write_file(target / checkpoint.client_file(index), clients[index], {"client": index})
+
+    with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="checkpoint") as threads:
+        list(threads.map(write, clients))
 
 
 def _raise_from(future: Future[None] | None, block: bool) -> None:

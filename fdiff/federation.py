@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +65,7 @@ class Federation:
         self._error: Exception | None = None
         self._last = 0  # the last complete round
         self._uncommitted: Contents | None = None  # what its checkpoint is to hold
+        self._committing = False
         self._copies = snapshot.Copies()
 
     # --- the algorithm
@@ -86,6 +87,7 @@ class Federation:
         seconds = {"train": trained - started, "aggregate": aggregated - trained, "evaluate": evaluated - aggregated}
         metrics = self.record(plan, reports, dropped, seconds, images)
         self._last = round
+        self.finish_commit()  # its copies are needed again
         with self._keeping_errors("checkpoint"):
             leads = self.committer.leads
             self._uncommitted = snapshot.contents(
@@ -112,6 +114,8 @@ class Federation:
                 self.stop.check()
 
             for client in selected:
+                if self._error:
+                    break
                 with self._keeping_errors(f"client {client.index}, round {plan.round}"):
                     parameters = self.host.enter(client)
                     self.host.trainer.prepare(client, plan.round)
@@ -148,7 +152,7 @@ class Federation:
         drawn = []
         for batch in (b for b in cut if b.rank == self.comm.rank):
             with self._keeping_errors("sampling"), self.host.wearing(self.host.parameters(batch.model, ema)):
-                drawn.append(evaluate.draw(self.host.trainer, self.config, batch))
+                drawn.append(evaluate.draw(self.host.trainer, self.config, batch, self._heeding_signals))
         self.vote()
         return evaluate.gather_images(self.comm, cut, drawn, evaluate.empty_images(self.config, self.device))
 
@@ -186,15 +190,17 @@ class Federation:
         return metrics
 
     def commit(self) -> None:
-        """Finish the commit before this one, then start to write the last round's, while training goes on."""
-        self.finish_commit()
-        if self._uncommitted is not None:
-            self._copies.lend()
+        """Start to write the last round's checkpoint, while training goes on."""
+        self._committing = True  # on every rank, whatever this one has failed to do: the next vote will tell
+        if self._uncommitted is not None and self._error is None:
             self.committer.start(self._uncommitted, self.federator.sync)
-            self._uncommitted = None
+        self._uncommitted = None
 
     def finish_commit(self) -> None:
-        """Wait until the checkpoint under way is visible."""
+        """Wait until the checkpoint under way, if there is one, is visible."""
+        if not self._committing:
+            return
+        self._committing = False
         with self._keeping_errors():
             self.committer.wait()
         self.vote()
@@ -225,6 +231,7 @@ class Federation:
         """After the vote that stopped the run: commit the last complete round; returns what is then to be raised."""
         if not hasattr(self, "members"):
             return interruption
+        self.finish_commit()
         self.commit()
         self.finish_commit()
         done = f"round {self._last} is committed" if self._last else "no round was complete"
@@ -254,13 +261,17 @@ class Federation:
             log.debug("kept until the next vote", exc_info=True)
             self._error = self._error or one_line(error, what)
 
+    def _heeding_signals(self, steps: Iterable[int]) -> Iterator[int]:
+        for step in steps:
+            self.stop.check()
+            yield step
+
     def _aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation:
         uniform = self.config.federation.weighting == "uniform"
         weights = {c: 1 if uniform else n for c, n in self.members.images.items()}
         ordered = self.config.runtime.reduction == "ordered"
         clients = self.config.federation.clients
-        before = self.host.untouched() if self._drops else None
-        return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, before)
+        return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, self._drops)
 
     @property
     def _drops(self) -> bool:
@@ -279,7 +290,9 @@ class Federation:
         planned = wire_bytes(plan, self._sizes, self.config.federation.clients, self.comm.size, itemsize)
         actual = sum(s.get("parameters", 0) for s in sent)
         if abs(actual - planned) > 0.5:
-            raise RunError(f"round {plan.round}: {actual:.0f} bytes of parameters were sent, the plan says {planned}")
+            error = RunError(f"round {plan.round}: {actual:.0f} bytes of parameters were sent, the plan says {planned}")
+            error.agreed = True  # all ranks compare the same numbers
+            raise error
         return planned
 
     def _client_row(self, plan: RoundPlan, report: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

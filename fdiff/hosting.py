@@ -4,6 +4,9 @@ One client a rank, the normal case, never moves: its parameters are the trainer'
 averaged there in place. With more, each in turn enters the trainer: the shared parts come from a copy of the global
 ones, everything else from the client's own tensors on the host. The device then holds two copies of the shared parts
 beside the trainer, whatever the number of clients; the host holds each client's private state.
+
+What is parked is also what a checkpoint writes, without another copy: the host then holds that state twice, as it was
+when the round was complete and as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class Host:
         self._shared_span = buckets.span(self._parts)
         self._private = buckets.flat[: self._shared_span.start]
         self._resident = clients[0]
+        self._parked = False  # whether what the resident has parked is what it has in the trainer
         self._in_place = len(clients) == 1
         self.shared = buckets.flat[self._shared_span]
         if not self._in_place:
@@ -59,8 +63,9 @@ class Host:
         if client is not self._resident:
             self._park()
             for name, tensor in self._working().items():
-                tensor.copy_(client.parked[name])
+                tensor.copy_(client.parked[name], non_blocking=True)
             self._resident = client
+        self._parked = False
         if not self._in_place:
             self._resident_shared().copy_(self.shared)
         return self.shared if self._in_place else self._resident_shared()
@@ -69,6 +74,17 @@ class Host:
         """If the run keeps them, copy a client's shared parts (n,) as it trained them: averaging may overwrite them."""
         if self.trainer.config.run.keep_local:
             client.trained = _host_copy(parameters)
+
+    def lend(self, client: Client) -> dict[str, Tensor]:
+        """A client's own tensors on the host, which stay as they are until all are lent anew.
+
+        They are complete when the device has been waited for. What was lent before must not be needed any more.
+        """
+        client.lent = False
+        if client is self._resident:
+            self._park()
+        client.lent = True
+        return client.parked
 
     def state(self, client: Client) -> dict[str, Tensor]:
         """A client's own tensors: `private` (m,) and those of `Trainer.working`, wherever they are now."""
@@ -84,10 +100,6 @@ class Host:
             for name, tensor in self.state(client).items():
                 tensor.copy_(kept[name])
             raise
-
-    def untouched(self) -> Tensor:
-        """The shared parameters as they are now, where training leaves them alone: a copy if it happens in place."""
-        return self.shared.clone() if self._in_place else self.shared
 
     @contextmanager
     def wearing(self, flat: Tensor) -> Iterator[None]:
@@ -122,10 +134,16 @@ class Host:
         return {"private": self._private, **self.trainer.working}
 
     def _park(self) -> None:
-        if not self._resident.parked:
-            self._resident.parked = {name: _host_copy(t) for name, t in self._working().items()}
-        for name, tensor in self._working().items():
-            self._resident.parked[name].copy_(tensor)
+        client, working = self._resident, self._working()
+        if self._parked:
+            return
+        if client.lent:
+            client.parked, client.spare, client.lent = client.spare, client.parked, False
+        if not client.parked:
+            client.parked = {n: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for n, t in working.items()}
+        for name, tensor in working.items():
+            client.parked[name].copy_(tensor, non_blocking=True)
+        self._parked = True
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -42,36 +42,30 @@ MAY_CHANGE = (
 
 
 class Copies:
-    """Host memory for two checkpoints: the one that is being written, and the one that is to come.
+    """Host memory for what a checkpoint holds beside the clients' own tensors.
 
     Kept from round to round, and pinned for a GPU: fresh pages cost more than what is copied into them.
     """
 
     def __init__(self) -> None:
-        self._next: dict[str, Tensor] = {}
-        self._written: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
 
     def of(self, name: str, tensor: Tensor) -> np.ndarray:
         """A copy of the tensor on the host; complete, for a GPU's, once the device is waited for."""
-        copy = self._next.get(name)
+        copy = self._kept.get(name)
         if copy is None or copy.shape != tensor.shape:
-            copy = self._next[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copy = self._kept[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return copy.copy_(tensor.detach(), non_blocking=True).numpy()
 
-    def lend(self) -> None:
-        """The copies now go to be written; what was lent before has been, and is free for the next ones."""
-        self._next, self._written = self._written, self._next
 
-
-def client_arrays(host: Host, client: Client, copies: Copies) -> dict[str, np.ndarray]:
-    """A client's own tensors as host copies, its private parts by name."""
-    state = dict(host.state(client))
+def client_arrays(host: Host, client: Client) -> dict[str, np.ndarray]:
+    """A client's own tensors as they are on the host, its private parts by name."""
+    state = dict(host.lend(client))
     private = state.pop("private")
     spans = {f"private/{p}": host.trainer.buckets.span((p,)) for p in private_parts(host.trainer.config)}
     if client.trained is not None:
         state["local"] = client.trained
-    tensors = {name: private[span] for name, span in spans.items()} | state
-    return {name: copies.of(f"{client.index}/{name}", tensor) for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in ({n: private[s] for n, s in spans.items()} | state).items()}
 
 
 def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies: Copies) -> dict[str, np.ndarray]:
@@ -93,10 +87,13 @@ def contents(
     leads: bool,
     copies: Copies,
 ) -> Contents:
-    """This rank's share of a round's checkpoint, as host copies; `leads`: with what is global."""
+    """This rank's share of a round's checkpoint, as host copies; `leads`: with what is global.
+
+    The last one's memory is used again: it must have been written, or not be wanted any more.
+    """
     own = host.clients if has_client_files(host.trainer.config) else []
     whole = (global_arrays(host, ema, grid, copies), header(host, images, metrics)) if leads else None
-    clients = {c.index: client_arrays(host, c, copies) for c in own}
+    clients = {c.index: client_arrays(host, c) for c in own}
     if host.shared.is_cuda:
         torch.cuda.current_stream(host.shared.device).synchronize()
     return Contents(metrics["round"], clients, whole)
@@ -138,11 +135,11 @@ def restore(path: Path, host: Host, images: Mapping[int, int]) -> None:
 
     UserError if the configuration or a client's number of images has changed, Damaged if a file is not sound.
     """
-    config = host.trainer.config
-    own = [c.index for c in host.clients] if has_client_files(config) else []
-    arrays, saved, states = checkpoint.read_generation(path, own)
-    check_global(path, saved, _described(arrays))
-    _check_same_run(path, saved, config, images)
+    arrays, saved, _ = checkpoint.read_generation(path)
+    before = check_global(path, saved, _described(arrays))
+    _check_same_run(path, saved, host.trainer.config, images)
+    own = [c.index for c in host.clients] if has_client_files(before) else []
+    states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
         _fill(host.shared[span], arrays, f"parts/{part}", path / "global.h5")
     for client, state in zip(host.clients, states, strict=False):
@@ -154,6 +151,8 @@ def _restore_client(host: Host, client: Client, arrays: Mapping[str, np.ndarray]
     for name, tensor in tensors.items():
         if name != "private":
             _fill(tensor, arrays, name, file)
+    if host.trainer.config.run.keep_local and "local" in arrays:  # of a client that the next round does not select
+        client.trained = torch.from_numpy(arrays["local"])
     for part in private_parts(host.trainer.config):
         _fill(tensors["private"][host.trainer.buckets.span((part,))], arrays, f"private/{part}", file)
 

@@ -87,6 +87,10 @@ def check_client(file: Path, config: Config, datasets: Datasets) -> None:
     moments = ("exp_avg", "exp_avg_sq") if config.federation.keep_optimizer else ()
     for name in (*(("ema",) if config.optim.ema else ()), *moments):
         _check_shape(file, name, (sum(sizes.values()),), config, datasets)
+    if moments and datasets.get("step") != ((), "float32"):
+        raise Damaged(f"{file}: has no number of steps; use another checkpoint")
+    if "local" in datasets:
+        _check_shape(file, "local", (sum(sizes[part] for part in SHARED_PARTS[config.method]),), config, datasets)
 
 
 def layout_for(config: Config) -> tuple[Slot, ...]:

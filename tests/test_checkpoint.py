@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from blake3 import blake3
 from made_files import ARRAYS, HEADER, write_one
 
 from fdiff import arrayfile, checkpoint
@@ -27,8 +27,8 @@ def file(tmp_path) -> Path:
     return write_one(tmp_path)
 
 
-def sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()
+def checksum(array: np.ndarray) -> str:
+    return blake3(array.tobytes()).hexdigest()
 
 
 # --- the format ----------------------------------------------------------------------------------------------------
@@ -44,8 +44,8 @@ def test_plain_h5py_reads_all_of_it(file):
             dataset = opened[name]
             assert dataset.dtype == array.dtype and dataset.shape == array.shape and dataset.chunks is None
             assert np.array_equal(dataset[()], array)
-            assert manifest[name] == {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": sha256(array)}
-        assert all(opened[name].attrs["sha256"].decode() == sha256(opened[name][()]) for name in names)
+            assert manifest[name] == {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": checksum(array)}
+        assert all(opened[name].attrs["blake3"].decode() == checksum(opened[name][()]) for name in names)
         assert json.loads(opened["header"][()].tobytes()) == {**HEADER, "version": arrayfile.VERSION}
 
 

@@ -116,7 +116,7 @@ def test_a_half_written_log_line_and_folder_are_forgotten(run):
     ("flags", "fields"),
     [
         ("--method full", ["method (was 'udec', is 'full')"]),
-        ("--run.seed 5 --optim.lr 0.5", ["run.seed (was 0, is 5)", "optim.lr (was 0.0001, is 0.5)"]),
+        ("--run.seed 5 --optim.lr 0.5", ["run.seed (was 0, is 5)", "optim.lr (was 1e-05, is 0.5)"]),
         ("--federation.clients 3", ["federation.clients (was 4, is 3)"]),
         ("--model.dim 12", ["model.dim (was 8, is 12)"]),
         ("--optim.ema 0.5", ["optim.ema (was 0.9, is 0.5)"]),
