@@ -17,11 +17,13 @@ import torch
 
 from fdiff import checkpoint, snapshot
 from fdiff import partition as partitions
+from fdiff.budget import of_rank, shortage
 from fdiff.client import Client, Trainer
 from fdiff.comm import Communicator, agree, exchange_json
-from fdiff.commit import Committer
+from fdiff.commit import VISIBLE_S, Committer
 from fdiff.config import Config
 from fdiff.data import Shard, check_labels, open_client_source, open_source
+from fdiff.device import free_memory
 from fdiff.errors import UserError, one_line
 from fdiff.hosting import Host
 from fdiff.plan import hosted_by
@@ -45,6 +47,7 @@ def assemble(config: Config, comm: Communicator, device: torch.device) -> Member
     """The clients that this rank hosts, ready to train. UserError if there are fewer clients than ranks."""
     clients = config.federation.clients
     together(comm, lambda: _check_ranks(clients, comm.size))
+    _check_memory(config, comm, device)
     hosted = hosted_by(comm.rank, clients, comm.size)
     shards, labels = together(comm, lambda: open_shards(config, hosted, device))
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
@@ -77,10 +80,24 @@ def _check_ranks(clients: int, ranks: int) -> None:
         raise UserError(f"federation.clients: {clients} clients cannot occupy {ranks} ranks; start at most {clients}")
 
 
+def _check_memory(config: Config, comm: Communicator, device: torch.device) -> None:
+    """UserError if what all ranks of a node need, or what this one needs of its GPU, is more than is free."""
+    budget = of_rank(config, comm.rank, comm.size)
+    on_host = budget.host + (budget.device if device.type == "cpu" else 0)
+    everyone = exchange_json(comm, [socket.gethostname(), on_host])
+    here = sum(needed for host, needed in everyone if host == socket.gethostname())
+    cpu = torch.device("cpu")
+    problem = shortage(config, here, free_memory(cpu), f"{socket.gethostname()} for its ranks together")
+    if device.type == "cuda" and not problem:
+        problem = shortage(config, budget.device, free_memory(device), f"the GPU of rank {comm.rank}")
+    agree(comm, UserError(problem) if problem else None)
+
+
 def _committer(config: Config, comm: Communicator) -> Committer:
     attempt = exchange_json(comm, secrets.token_hex(4))[0]
     files = range(config.federation.clients) if has_client_files(config) else ()
-    return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, leads=comm.rank == 0)
+    visible_s = min(VISIBLE_S, config.runtime.timeout_s / 2)
+    return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, comm.rank == 0, visible_s)
 
 
 def open_shards(config: Config, clients: range, device: torch.device) -> tuple[list[Shard], list[Labels]]:
@@ -114,6 +131,14 @@ def resume_from(members: Members, comm: Communicator) -> int:
         folder = checkpoint.folder(run_dir) / checkpoint.generation_name(round)
         together(comm, lambda: snapshot.restore(folder, host, members.images))
     return round
+
+
+def on_rank_0(comm: Communicator, work: Callable[[], T]) -> T:
+    """What the work, done on rank 0 alone, comes to, told to every rank as JSON: files may look otherwise from another.
+
+    If it fails, all raise that error.
+    """
+    return exchange_json(comm, together(comm, lambda: work() if comm.rank == 0 else None))[0]
 
 
 def together(comm: Communicator, work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,7 +57,8 @@ def choose_device(runtime: RuntimeConfig, launch: Launch, gpus: Sequence[Gpu] | 
     """The GPU of this rank among those visible, or the CPU.
 
     UserError if a GPU is asked for and there is none, or if several ranks would share one without `share_gpu`.
-    Ranks that each see a single GPU may still see the same one: `Communicator.open` finds that out.
+    Ranks to which a scheduler left fewer GPUs than there are ranks may still see the same ones: `Communicator.open`
+    finds that out.
     """
     if runtime.device == "cpu":
         return torch.device("cpu")
@@ -75,6 +77,8 @@ def _index(runtime: RuntimeConfig, launch: Launch, gpus: int) -> int:
         return 0
     if runtime.share_gpu:
         return launch.local_rank % gpus
+    if launch.launcher == "srun" and launch.cuda_visible:  # or several, e.g. by --gpus-per-task
+        return 0
     raise UserError(
         f"runtime.device: {launch.local_size} ranks on this node, but visible GPUs: {gpus} ({_visibility(launch)}); "
         "let ranks share a GPU with --runtime.share_gpu true (they then communicate over gloo), or start one rank a "
@@ -84,6 +88,19 @@ def _index(runtime: RuntimeConfig, launch: Launch, gpus: int) -> int:
 
 def _visibility(launch: Launch) -> str:
     return "CUDA_VISIBLE_DEVICES " + ("not set" if launch.cuda_visible is None else repr(launch.cuda_visible))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, or available on the host without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------

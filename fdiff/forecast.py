@@ -1,11 +1,14 @@
 """What a run will communicate, known before it starts: parameters by part, N, saving, bytes on the wire, time.
 
 Trains nothing and needs no data set: everything follows from the plan and from the model's layout.
+
+Time is that of the busiest link, phase by phase (see `schedule`): each rank has one of its own, which carries both
+directions at once. What the processors need to copy and to add is not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +17,11 @@ import torch
 from fdiff.buckets import layout_of, part_sizes
 from fdiff.client import build_model
 from fdiff.config import Config
-from fdiff.plan import SHARED_PARTS, RoundPlan, communicated_parameters, plan_round, wire_bytes
+from fdiff.plan import SHARED_PARTS, RoundPlan, communicated_parameters, plan_round, reporting_ranks, wire_bytes
+from fdiff.schedule import PHASES, loads
 from fdiff.unet import PARTS
+
+GOODPUT = 1448 / 1538  # of a link: what TCP over IPv4 leaves of an Ethernet frame of 1500 bytes and the gap behind it
 
 
 def sizes_of(config: Config) -> dict[str, int]:
@@ -35,8 +41,11 @@ def plans(config: Config) -> list[RoundPlan]:
     return [plan_round(config.method, fed.clients, r, seed, fed.fraction) for r in range(1, fed.rounds + 1)]
 
 
-def forecast(config: Config, ranks: int) -> dict[str, Any]:
-    """The whole run's communication on so many ranks, as `fdiff plan --json` prints it."""
+def forecast(config: Config, ranks: int, bandwidth: float | None = None) -> dict[str, Any]:
+    """The whole run's communication on so many ranks, as `fdiff plan --json` prints it.
+
+    With the bandwidth of a rank's link, in Mbit/s, also the time of the collectives, as `seconds` of each round.
+    """
     sizes, clients = sizes_of(config), config.federation.clients
     rounds = [
         {
@@ -44,6 +53,7 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
             "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
             "parameters": communicated_parameters(plan, sizes, clients),
             "wire_bytes": wire_bytes(plan, sizes, clients, ranks, itemsize(config)),
+            **({"seconds": seconds(plan, config, sizes, ranks, bandwidth)} if bandwidth else {}),
         }
         for plan in plans(config)
     ]
@@ -56,6 +66,33 @@ def forecast(config: Config, ranks: int) -> dict[str, Any]:
         "wire_bytes": sum(r["wire_bytes"] for r in rounds),
         "rounds": rounds,
     }
+
+
+def seconds(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int, bandwidth: float) -> float:
+    """Time of a round's collectives if every rank's link has so many Mbit/s."""
+    clients, elements = config.federation.clients, 0
+    segments = [
+        (sum(sizes[part] for part in parts), reporting_ranks(reporters, clients, ranks))
+        for parts, reporters in plan.segments()
+    ]
+    if config.runtime.reduction == "ordered":  # each sum is passed on from rank to rank, then delivered
+        for size, those in segments:
+            elements += (len(those) - 1) * size + _busiest([(size, those[-1:])], ranks)
+    else:
+        elements = _busiest(segments, ranks)
+    return elements * itemsize(config) * 8 / (bandwidth * 1e6 * GOODPUT)
+
+
+def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
+    """Elements over the busiest link, phase by phase, of sums of so many elements over those ranks, all at once."""
+    total = [[[0, 0] for _ in range(ranks)] for _ in range(PHASES)]
+    for size, reporters in segments:
+        receivers = sorted(set(range(ranks)) - set(reporters))
+        for rank, phases in loads(size, reporters, receivers).items():
+            for at, (sent, received) in enumerate(phases):
+                total[at][rank][0] += sent
+                total[at][rank][1] += received
+    return sum(max(max(link) for link in phase) for phase in total)
 
 
 def _parameters_of_full(config: Config, sizes: Mapping[str, int]) -> int:

@@ -195,7 +195,20 @@ def rendezvous(launch: Launch, environment: Mapping[str, str] = os.environ) -> R
     if not address or not port:
         raise UserError(f"MASTER_ADDR, MASTER_PORT: not set although {launch.launcher} started this process; set both")
     agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launch.one_node and not agent_serves:
+        address = "127.0.0.1"  # by another of this node's names the store would be open to its network
     return Rendezvous(address, port, launch.rank == 0 and not agent_serves, str(attempt))
+
+
+def environment_of(
+    rank: int, size: int, address: str, port: int, interface: str, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of a rank that is started by hand, the only one on its network, to meet the others there."""
+    launchers = [name for names in TABLE.values() for name in (names.rank, names.size, names.local_rank)]
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    meeting = {"MASTER_ADDR": address, "GLOO_SOCKET_IFNAME": interface}
+    kept = {name: value for name, value in environment.items() if name not in launchers}
+    return {**kept, **{name: str(value) for name, value in place.items()}, **meeting}
 
 
 def _first_host(environment: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ LAYERS = [
     {"data"},
     {"aggregate", "client", "checkpoint", "extractor"},
     {"hosting", "evaluate", "commit", "forecast", "inventory", "reference"},
-    {"soundness", "dropping", "judge"},
+    {"soundness", "dropping", "judge", "budget"},
     {"snapshot"},
     {"federator", "assembly"},
     {"federation", "scoring", "export"},

@@ -15,7 +15,7 @@ from fdiff.bench import measure
 from fdiff.comm import Communicator
 from fdiff.config import Config
 
-What = Literal["step", "round", "sample"]
+What = Literal["step", "round", "wire", "sample", "checkpoint", "scale"]
 
 
 def run(what: What, config: Config, comm: Communicator, device: torch.device, *, json: bool = False) -> None:

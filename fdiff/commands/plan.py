@@ -1,9 +1,12 @@
-"""Say what a run will communicate, without training or data: reporters by round, N, saving, wire bytes, time."""
+"""Say what a run will communicate and need, without training or data: reporters, N, saving, bytes, time, memory."""
 
 from __future__ import annotations
 
 import json as json_module
+from statistics import mean
+from typing import Any
 
+from fdiff.budget import GIB, Budget, of_rank
 from fdiff.config import Config
 from fdiff.errors import UserError
 from fdiff.forecast import forecast, methods_table
@@ -15,7 +18,7 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     Args:
         json: Print one JSON object instead of a table.
         ranks: Ranks among which the clients are spread; by default one for each client.
-        bandwidth: Bandwidth of each rank's link in Mbit/s, to estimate the time of the collectives.
+        bandwidth: Bandwidth of each rank's link in Mbit/s, to say how long the collectives take.
     """
     clients = config.federation.clients
     ranks = clients if ranks is None else ranks
@@ -23,15 +26,39 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
         raise UserError(f"--ranks: {ranks} is not valid; it must be between 1 and federation.clients = {clients}")
     if bandwidth is not None and not bandwidth > 0:
         raise UserError(f"--bandwidth: {bandwidth} is not valid; it must be greater than 0 Mbit/s")
-    cost = forecast(config, ranks)
+    cost = forecast(config, ranks, bandwidth)
     if json:
         print(json_module.dumps(cost))
         return
     sizes = cost["parameters"]
     print(f"parameters  {'  '.join(f'{part} {n:,}' for part, n in sizes.items())}")
     for row in cost["rounds"]:
-        reporters = "  ".join(f"{part} {','.join(map(str, r))}" for part, r in row["reporters"].items())
+        reporters = "  ".join(f"{part} {_names(r)}" for part, r in row["reporters"].items())
         print(f"round {row['round']:3}  {row['wire_bytes']:>13,} bytes  reporters: {reporters}")
     print(f"\n{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
+    if bandwidth:
+        print(_time(cost, bandwidth))
+    print(_memory(of_rank(config, 0, ranks)))
     print(f"\nall methods, {config.federation.rounds} rounds, {clients} clients on {ranks} ranks:")
     print(methods_table(config, ranks))
+
+
+def _names(clients: list[int]) -> str:
+    """All of a few; of many their number."""
+    return ",".join(map(str, clients)) if len(clients) <= 16 else f"{len(clients)} clients"
+
+
+def _time(cost: dict[str, Any], bandwidth: float) -> str:
+    each = [row["seconds"] for row in cost["rounds"]]
+    return (
+        f"collectives at {bandwidth:g} Mbit/s a rank: {mean(each):.3g} s a round, {sum(each):.3g} s in all; "
+        "see README, How round time grows with ranks"
+    )
+
+
+def _memory(budget: Budget) -> str:
+    return (
+        f"memory of rank 0, at least: {budget.device / GIB:.2f} GiB on its device ({budget.activations / GIB:.2f} of "
+        f"it for a step's activations), {budget.host / GIB:.2f} GiB on the host ({budget.clients / GIB:.2f} for its "
+        "clients); images come on top"
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from fdiff.data.reasons import first_line
 from fdiff.data.sources import Source
+from fdiff.device import free_memory
 from fdiff.errors import RunError, UserError
 
 FILL_BATCH = 256  # images read at once while a shard is brought to its device
-MEMINFO = Path("/proc/meminfo")
 
 
 class Shard:
@@ -97,6 +97,7 @@ class Shard:
             collate_fn=_as_it_is,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context="fork" if workers else None,  # the source is inherited, not copied
+            worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # or the loader would draw from torch's global one
         )
         try:
@@ -106,6 +107,12 @@ class Shard:
                 yield batch.to(self._device, non_blocking=True)
         except RuntimeError as error:  # a worker that was killed
             raise RunError(f"loading {self._source.name} failed: {first_line(error)}") from error
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Launchers signal whole process groups; a worker that ended at once would fail the step that is to be finished."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Batches(Dataset):
@@ -123,11 +130,3 @@ class _Batches(Dataset):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a CUDA device, or available on the host without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,111 @@
+"""One rank of `fdiff bench wire`: python -m fdiff.bench.wire_rank CONFIG MBIT_PER_S, in a network of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from fdiff import launcher
+from fdiff.bench import idle
+from fdiff.bench.measure import Result, compare, in_turns, slowest
+from fdiff.bench.network import INTERFACE
+from fdiff.bench.wire import as_rows
+from fdiff.comm import Communicator, Sum, connect, exchange_json
+from fdiff.comm.bare import library_sums
+from fdiff.config import Config, from_dict
+from fdiff.device import set_up
+from fdiff.federation import Federation
+from fdiff.forecast import seconds
+from fdiff.plan import SHARED_PARTS, RoundPlan, plan_round, reporting_ranks, wire_bytes
+
+ROUNDS, WARMUP = 6, 2
+HEADERS = 66  # bytes of Ethernet, IPv4 and TCP with time stamps in front of each packet that the kernel counts
+
+
+def main(file: str, mbit_per_s: str) -> None:
+    """Measure all methods with a client a rank; rank 0 prints the results as JSON."""
+    launch = launcher.detect()
+    config = from_dict(yaml.safe_load(Path(file).read_text()))
+    device = set_up(config.runtime, launch)
+    comm = connect(config.runtime, launch)
+    comm.open(device)
+    results = [r for method in SHARED_PARTS for r in measure(replace(config, method=method), comm, float(mbit_per_s))]
+    if comm.rank == 0:
+        print(json.dumps(as_rows(results)))
+    comm.close()
+
+
+def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Result]:
+    """Bytes and time of a method's rounds."""
+    config = idle.quiet(config, comm.size)
+    with idle.federation(config, comm, torch.device("cpu")) as federation:
+        sizes = federation.host.trainer.buckets.sizes
+        for round in range(1, WARMUP + 1):
+            federation.round(round)
+        plans = [_plan(config, WARMUP + 1 + i) for i in range(ROUNDS)]
+        before, taken = _payload(), []
+        for plan in plans:
+            taken.append(_aggregating(federation, plan.round))
+        sent = sum(exchange_json(comm, _payload() - before))
+    ours = slowest(comm, {"ours": taken})["ours"]
+    forecast = [seconds(plan, config, sizes, comm.size, mbit_per_s) for plan in plans]
+    planned = sum(wire_bytes(plan, sizes, comm.size, comm.size) for plan in plans)
+    library = in_turns({"library": _library(plans, sizes, comm)}, comm, torch.device("cpu"), ROUNDS)["library"]
+    name = f"{config.method}, {comm.size} ranks, {mbit_per_s:g} Mbit/s"
+    return [
+        compare(f"{name}: bytes a round", [sent / ROUNDS], [planned / ROUNDS], "bound", "bytes"),
+        compare(f"{name}: time", ours, forecast, "bound", "s"),
+        compare(f"{name}: beside library", ours, library, "baseline", "s"),
+    ]
+
+
+def _plan(config: Config, round: int) -> RoundPlan:
+    return plan_round(config.method, config.federation.clients, round, config.run.seed)
+
+
+def _aggregating(federation: Federation, round: int) -> float:
+    """Play a round; the seconds that this rank took to average."""
+    noted: list[float] = []
+    record = federation.record
+
+    def noting(plan, reports, dropped, took, images):  # type: ignore[no-untyped-def]
+        noted.append(took["aggregate"])
+        return record(plan, reports, dropped, took, images)
+
+    federation.record = noting  # type: ignore[method-assign]
+    try:
+        federation.round(round)
+    finally:
+        federation.record = record  # type: ignore[method-assign]
+    return noted[0]
+
+
+def _payload() -> int:
+    """Bytes that this rank has sent, without the headers."""
+    count = {n: int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_{n}").read_text()) for n in ("bytes", "packets")}
+    return count["bytes"] - HEADERS * count["packets"]
+
+
+def _library(plans: list[RoundPlan], sizes: dict[str, int], comm: Communicator) -> Callable[[], None]:
+    """A function that sums the next round's parts, each time another one's, by the library's own collectives."""
+    tensors = {part: torch.ones(size) for part, size in sizes.items()}
+    rounds = [
+        [
+            Sum(tensors[part], those, tuple(r for r in range(comm.size) if r not in those))
+            for part, reporters in plan.reporters.items()
+            if (those := reporting_ranks(reporters, comm.size, comm.size))
+        ]
+        for plan in plans
+    ]
+    carry_out, turn = library_sums(comm), iter(rounds * 10)
+    return lambda: carry_out(next(turn))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
