@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fdiff.comm.base import device_problem
 from fdiff.config import RuntimeConfig
 from fdiff.device import Gpu, choose_device, default_threads, set_up, share_of_cores, visible_gpus
 from fdiff.errors import UserError
@@ -40,6 +41,19 @@ def test_a_scheduler_that_narrowed_to_one(visible: str) -> None:
 
 def test_a_scheduler_that_gives_each_rank_several() -> None:
     assert choose_device(RUNTIME, Launch("srun", 1, 2, 1, 2, "2,3"), GPUS[:2]) == torch.device("cuda", 1)
+
+
+def test_a_scheduler_that_gives_each_of_four_ranks_two() -> None:
+    for local_rank in range(4):
+        own = f"{2 * local_rank},{2 * local_rank + 1}"
+        assert choose_device(RUNTIME, rank_of_four(local_rank, own, "srun"), GPUS[:2]) == torch.device("cuda", 0)
+
+
+def test_a_scheduler_that_gives_all_ranks_the_same_is_found_out_when_they_meet() -> None:
+    chosen = [choose_device(RUNTIME, rank_of_four(r, "0,1", "srun"), GPUS[:2]) for r in range(4)]
+    problem = device_problem([(d.type, GPUS[d.index].uuid, "node1") for d in chosen], share_gpu=False)
+    assert problem is not None and "ranks 0, 1, 2, 3 on node1 have the same GPU" in problem
+    assert "--runtime.share_gpu true" in problem and "hosts several clients" in problem
 
 
 @pytest.mark.parametrize(("gpus", "visible"), [(1, None), (2, None), (2, "0,1"), (3, "GPU-a,GPU-b,GPU-c")])

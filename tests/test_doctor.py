@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import mpis
 import pytest
 from jobs import ROOT, Done, clean_env, execute
 from launching import LAUNCHERS, environment
@@ -54,6 +55,15 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
         assert what.startswith(library) and what.endswith("(not CUDA-aware, GPU tensors go over the host)")
     if name == "srun":
         assert findings(report)["Slurm"]["what"].endswith("partitions debug (up, 2 nodes)")
+
+
+def test_mpich_under_srun(request, tmp_path):
+    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpis.mpich().python, "-m", "fdiff", "doctor", "--json"]
+    flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
+    done = execute([*words, *flags], tmp_path, env=environment(LAUNCHERS["srun"], request)).check()
+    report = json.loads(done.out)
+    assert (report["launcher"], [row["rank"] for row in report["ranks"]]) == ("srun", [0, 1])
+    assert {row["why"] for row in report["ranks"]} == {"runtime.device cpu; mpi: runtime.comm mpi"}
 
 
 def test_without_a_launcher_it_says_what_is_there(tmp_path):

@@ -85,7 +85,8 @@ def _device(runtime: RuntimeConfig, launch: Launch) -> tuple[str, str]:
     if device.type == "cpu":
         return "cpu", "runtime.device cpu" if runtime.device == "cpu" else "no GPU is visible"
     left = "" if launch.cuda_visible is None else f" of CUDA_VISIBLE_DEVICES={launch.cuda_visible}"
-    why = f"local rank {launch.local_rank}" if len(gpus) > 1 else "the only one visible"
+    by_rank = runtime.share_gpu or device.index == launch.local_rank
+    why = "the only one visible" if len(gpus) == 1 else f"local rank {launch.local_rank}" if by_rank else "the first"
     free = torch.cuda.mem_get_info(device)[0] / GIB
     return str(device), f"{why}{left}; {gpus[device.index].name}, {free:.1f} GiB free"
 
