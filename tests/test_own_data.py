@@ -93,8 +93,20 @@ def test_a_private_client_opens_its_own_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(all_images(colour), pixels(2, 8, 8, 3).transpose(0, 3, 1, 2)[:1])
     assert colour.labels.tolist() == [5] and colour.labels.dtype == np.int64
     refusal(lambda: open_client_source(config, 4, "train"), "client 4", str(tmp_path / "site-4.h5"))
-    refusal(lambda: open_client_source(config, 0, "test"), "site-0.h5", "no test split")
+    refusal(lambda: open_client_source(config, 0, "test"), "site-0.h5", "no test split", "test_images")
     refusal(lambda: open_source(config, "train"), "data.partition", "private")
+
+
+def test_an_hdf5_file_may_hold_test_images(tmp_path: Path) -> None:
+    shown, hidden = pixels(3, 8, 8, seed=1), pixels(2, 8, 8, seed=2)
+    write_hdf5(tmp_path / "0.h5", images=shown, labels=np.arange(3), test_images=hidden, test_labels=np.array([4, 5]))
+    write_hdf5(tmp_path / "1.h5", images=shown, test_images=hidden, test_labels=np.arange(3))
+    config = private(tmp_path / "{client}.h5")
+    source = open_client_source(config, 0, "test")
+    np.testing.assert_array_equal(all_images(source)[:, 0], hidden)
+    assert source.labels.tolist() == [4, 5] and "test split" in source.name
+    assert open_client_source(config, 0, "train").labels.tolist() == [0, 1, 2]
+    refusal(lambda: open_client_source(config, 1, "test"), "test_labels is int64 (3,)", "(2,)", "2 images")
 
 
 def test_a_private_client_opens_its_own_folder(tmp_path: Path) -> None:
