@@ -10,6 +10,7 @@ import numpy as np
 from fdiff import partition as partitions
 from fdiff.config import Config
 from fdiff.data import open_client_source, open_source
+from fdiff.errors import UserError
 
 
 def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None:
@@ -48,8 +49,11 @@ def label_counts(config: Config) -> list[dict[int, int]]:
 
 
 def draw(counts: list[dict[int, int]], path: Path) -> None:
-    """The heat map of clients by labels, the counts written into the cells."""
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+    """The heat map of clients by labels, the counts written into the cells; UserError if it cannot be had."""
+    try:
+        from matplotlib.figure import Figure  # slow to import, and only wanted here
+    except ImportError as error:
+        raise UserError(f"--plot: {error.name} is not installed; pip install 'fdiff[report]'") from None
 
     labels = sorted(set().union(*counts))
     table = np.array([[of_client.get(label, 0) for label in labels] for of_client in counts])
@@ -62,4 +66,7 @@ def draw(counts: list[dict[int, int]], path: Path) -> None:
     axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), yticks=range(len(counts)))
     axes.set_xticklabels([str(label) for label in labels])
     figure.colorbar(image, label="images")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise UserError(f"--plot: {path} cannot be written ({error.strerror}); give another file") from None
