@@ -6,11 +6,13 @@ seed i, in the same batch, wherever it is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fdiff import diffusion, seeds
 from fdiff.client import Trainer
@@ -19,6 +21,7 @@ from fdiff.config import Config, SampleConfig
 from fdiff.errors import one_line
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ def batches(
 
 
 def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = iter) -> Tensor:
-    """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device."""
+    """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device.
+
+    `progress` wraps the iteration over the sampling steps.
+    """
     data, model = config.data, trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
     labels = indices % config.model.classes if config.model.classes else None
@@ -64,6 +70,31 @@ def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = it
     finally:
         model.train()
     return diffusion.to_uint8(x)
+
+
+@contextmanager
+def watched(
+    comm: Communicator, mine: Sequence[Batch], title: str, check: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[Batch], Progress]]:
+    """Inside the block: the `progress` of each of this rank's batches, which calls `check` before every step.
+
+    On rank 0, where a person watches, a bar shows images/s; a step of a batch counts as its share of the images.
+    """
+    images = sum(batch.last - batch.first for batch in mine)
+    hidden = None if comm.rank == 0 else True  # None: where stderr is no terminal
+    with tqdm(total=images, desc=title, unit=" images", bar_format=BAR, leave=False, disable=hidden) as bar:
+
+        def progress_of(batch: Batch) -> Progress:
+            def progress(steps: Iterable[int]) -> Iterator[int]:
+                steps = list(steps)
+                for step in steps:
+                    check()
+                    yield step
+                    bar.update((batch.last - batch.first) / len(steps))
+
+            return progress
+
+        yield progress_of
 
 
 def gather_images(comm: Communicator, cut: Sequence[Batch], drawn: Sequence[Tensor], empty: Tensor) -> Tensor | None:
@@ -98,18 +129,14 @@ def empty_images(config: Config, device: torch.device) -> Tensor:
     return torch.empty((0, data.channels, data.image_side, data.image_side), dtype=torch.uint8, device=device)
 
 
-def draw_all(
-    comm: Communicator, trainer: Trainer, config: Config, images: int, progress: Progress = iter
-) -> Tensor | None:
-    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them.
-
-    `progress` wraps the iteration over this rank's batches.
-    """
+def draw_all(comm: Communicator, trainer: Trainer, config: Config, images: int) -> Tensor | None:
+    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them."""
     cut = batches([None], images, config.sample, lambda _: 0, comm.size)
     mine = [b for b in cut if b.rank == comm.rank]
     drawn, error = [], None
     try:
-        drawn = [draw(trainer, config, mine[i]) for i in progress(range(len(mine)))]
+        with watched(comm, mine, "sampling") as progress_of:
+            drawn = [draw(trainer, config, batch, progress_of(batch)) for batch in mine]
     except Exception as failure:
         error = one_line(failure, "sampling")
     agree(comm, error)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fdiff.errors import UserError
 
-EXTRACTORS = ("fmnist-cnn", "inception")
+DISTANCES = {"fmnist-cnn": "fd_fmnist", "inception": "fid"}  # extractor: what its Fréchet distance is called
 FMNIST_WEIGHTS = Path(__file__).parent / "assets" / "fmnist_cnn.safetensors"
 FMNIST_ARCHITECTURE = "fmnist-cnn/1"  # stored with the weights; raised with every change of FmnistCnn
 FMNIST_SIDE, FMNIST_CLASSES = 28, 10
@@ -198,7 +198,12 @@ def load_extractor(name: str, inception_weights: str | Path | None = None, devic
         return _fmnist_extractor(FMNIST_WEIGHTS, device)
     if name == "inception":
         return _inception_extractor(_inception_file(inception_weights), device)
-    raise UserError(f"--extractor: {name!r} is unknown; choose from {', '.join(EXTRACTORS)}")
+    raise UserError(f"--extractor: {name!r} is unknown; choose from {', '.join(DISTANCES)}")
+
+
+def default_extractor(channels: int) -> str:
+    """The name of the extractor for images of so many channels, where none is asked for."""
+    return "fmnist-cnn" if channels == 1 else "inception"
 
 
 def fmnist_metadata(path: Path = FMNIST_WEIGHTS) -> dict[str, str]:
@@ -221,7 +226,7 @@ def _fmnist_extractor(path: Path, device: str) -> Extractor:
     network.load_state_dict(load_file(path))
     return Extractor(
         name="fmnist-cnn",
-        metric_name="fd_fmnist",
+        metric_name=DISTANCES["fmnist-cnn"],
         checksum=_sha256(path),
         feature_dim=FMNIST_TEXTURE + FMNIST_EMBEDDED,
         channels=(1,),
@@ -241,7 +246,7 @@ def _inception_extractor(path: Path, device: str) -> Extractor:
         raise UserError(f"--weights: {path} holds no pytorch-fid InceptionV3; give {INCEPTION_FILE}") from None
     return Extractor(
         name="inception",
-        metric_name="fid",
+        metric_name=DISTANCES["inception"],
         checksum=_sha256(path),
         feature_dim=INCEPTION_FEATURES,
         channels=(1, 3),
@@ -273,7 +278,7 @@ def _download_inception() -> Path:
         raise UserError(
             f"--extractor: inception's weights could not be downloaded ({_first_line(error)}): put "
             f"{INCEPTION_FILE} at {target}, name it by --weights, "
-            f"or use --extractor fmnist-cnn"
+            f"or score greyscale images by --extractor fmnist-cnn"
         ) from None
     return target
 

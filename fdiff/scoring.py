@@ -7,7 +7,7 @@ generated images, to rank 0, where a metric needs them. Real images never do, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdiff import evaluate
+from fdiff import checkpoint, evaluate
 from fdiff.assembly import together
 from fdiff.client import Trainer
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.data import Source, open_client_source, open_source
-from fdiff.extractor import Extractor, load_extractor
+from fdiff.extractor import DISTANCES, Extractor, default_extractor, load_extractor
 from fdiff.judge import choose
 from fdiff.plan import host_of, hosted_by, plan_round
 from fdiff.reference import Seen, Tally, see_source
 from fdiff.snapshot import Saved, private_parts
 
 MOST_IMAGES = 10_000  # by default no more images are drawn, as in the papers
+WORST: dict[str, Callable[..., Any]] = {  # the scores that are summarised over clients: which end is the worst one
+    **dict.fromkeys(DISTANCES.values(), max),
+    "kid": max,
+    "precision": min,
+    "recall": min,
+    "density": min,
+    "coverage": min,
+    "total_variation": max,
+}
 
-Progress = Callable[[Iterable[int]], Iterable[int]]
+Model = int | None  # a client's by its index, or the global one
+Row = dict[str, Any]  # the scores of a model, and all that they depend on
 
 
 @dataclass(frozen=True)
@@ -66,32 +76,52 @@ class Scoring:
         private = data.partition == "private"
         self._split = "test split of each client" if private else next((source.name for source in sources), "")
         real = self._real.moments.n
-        self._images = min(real, MOST_IMAGES) if wanted.images is None else wanted.images
+        self._images = images_by_default(real) if wanted.images is None else wanted.images
         together(comm, lambda: self._judge.check(self._images, real))
         self._trainer = together(comm, lambda: Trainer(config, device))
 
-    def score(self, saved: Saved, ema: bool, local: bool = False, progress: Progress = iter) -> list[dict[str, Any]]:
-        """On rank 0 a row of scores for each model of the checkpoint, elsewhere []; `progress` wraps its batches.
+    def score(
+        self,
+        saved: Saved,
+        ema: bool,
+        *,
+        local: bool = False,
+        models: Sequence[Model] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[list[Row]]:
+        """On rank 0 a row of scores for each model of the checkpoint, elsewhere none; all ranks iterate to the end.
 
-        The models are those of all clients, each drawn on the rank that hosts it, where they keep private parts; else
-        the global one, drawn by all. With `ema` their moving averages. With `local` those of the clients that trained
-        in the round, as they were before its average.
+        The models, if not given, are `models_of` the configuration, each client's drawn on the rank that hosts it, the
+        global one by all; with `local` those of the clients that trained in the round, as they were before its
+        average. With `ema` their moving averages. They come as they are done: at most one of each rank at a time.
+        What `check`, called before every sampling step, raises on a rank is raised on all.
         """
-        models, cut = self._share_out(saved, local)
-        mine = [b for b in cut if b.rank == self._comm.rank]
-        seen = together(self._comm, lambda: self._draw(saved, mine, ema, local, progress))
-        rows = []
-        for model in models:
-            own = [s for b, s in zip(mine, seen, strict=True) if b.model == model]
-            scores = self._score_one([b for b in cut if b.model == model], own)
-            rows.append(self._facts(saved, model, ema, local) | {"scores": scores})
-        return rows if self._comm.rank == 0 else []
+        if models is None:
+            models = together(self._comm, lambda: _trained(saved) if local else models_of(saved.config))
+        clients, ranks = saved.config.federation.clients, self._comm.size
+
+        def rank_of(client: int) -> int:
+            return host_of(client, clients, ranks)
+
+        cut = evaluate.batches(models, self._images, self._config.sample, rank_of, ranks)
+        mine = [batch for batch in cut if batch.rank == self._comm.rank]
+        title = f"round {saved.round}{', moving average' if ema else ''}"
+        with evaluate.watched(self._comm, mine, title, check) as progress_of:
+            for turn in _turns(models, rank_of):
+                own = [batch for batch in mine if batch.model in turn]
+                seen = together(self._comm, lambda own=own: self._draw(saved, own, ema, local, progress_of))
+                rows = []
+                for model in turn:
+                    of_model = [s for b, s in zip(own, seen, strict=True) if b.model == model]
+                    scores = self._score_one([b for b in cut if b.model == model], of_model)
+                    rows.append(self._facts(saved, model, ema, local) | {"scores": scores})
+                yield rows if self._comm.rank == 0 else []
 
     # --- the real split
 
     def _load(self, wanted: Wanted, device: torch.device) -> Extractor:
         """The extractor, on rank 0 first: if it has to be downloaded, one rank does so and the others find it."""
-        name = wanted.extractor or ("fmnist-cnn" if self._config.data.channels == 1 else "inception")
+        name = wanted.extractor or default_extractor(self._config.data.channels)
         loaded: Extractor | None = None
         for turn in (self._comm.rank == 0, self._comm.rank != 0):
             load = partial(load_extractor, name, wanted.weights, str(device)) if turn else lambda: None
@@ -108,22 +138,19 @@ class Scoring:
 
     # --- the generated images
 
-    def _share_out(self, saved: Saved, local: bool) -> tuple[list[int | None], list[evaluate.Batch]]:
-        clients, ranks = saved.config.federation.clients, self._comm.size
-        models: list[int | None] = list(range(clients)) if private_parts(saved.config) else [None]
-        if local:
-            models = list(_selected(saved))
-        cut = evaluate.batches(models, self._images, self._config.sample, lambda c: host_of(c, clients, ranks), ranks)
-        return models, cut
-
-    def _draw(self, saved: Saved, mine: list[evaluate.Batch], ema: bool, local: bool, progress: Progress) -> list[Seen]:
-        """What the extractor sees of this rank's batches."""
-        seen = []
-        for i in progress(range(len(mine))):
-            if i == 0 or mine[i].model != mine[i - 1].model:
-                self._trainer.buckets.flat.copy_(_parameters(saved, mine[i].model, ema, local))
-            seen.append(Seen.of(self._judge.extractor, evaluate.draw(self._trainer, self._config, mine[i])))
-        return seen
+    def _draw(
+        self,
+        saved: Saved,
+        own: Sequence[evaluate.Batch],
+        ema: bool,
+        local: bool,
+        progress_of: Callable[[evaluate.Batch], evaluate.Progress],
+    ) -> list[Seen]:
+        """What the extractor sees of this rank's batches of one model."""
+        if own:
+            self._trainer.buckets.flat.copy_(_parameters(saved, own[0].model, ema, local))
+        images = (evaluate.draw(self._trainer, self._config, batch, progress_of(batch)) for batch in own)
+        return [Seen.of(self._judge.extractor, of_batch) for of_batch in images]
 
     def _score_one(self, cut: list[evaluate.Batch], seen: list[Seen]) -> dict[str, Any]:
         """On rank 0 the scores of the model whose batches are in `cut`, of which this rank saw `seen`."""
@@ -145,7 +172,7 @@ class Scoring:
             self._comm.all_reduce(flat, tuple(range(self._comm.size)))
         return Tally.from_flat(flat)
 
-    def _facts(self, saved: Saved, model: int | None, ema: bool, local: bool) -> dict[str, Any]:
+    def _facts(self, saved: Saved, model: Model, ema: bool, local: bool) -> Row:
         """What a score is stored with: without these it says nothing."""
         sample = self._config.sample
         return {
@@ -158,35 +185,79 @@ class Scoring:
             "n_real": self._real.moments.n,
             **self._judge.extractor.describe(self._config.data.image_side),
             "sampler": sample.sampler,
-            "steps": sample.steps if sample.sampler == "ddim" else self._config.diffusion.timesteps,
+            "steps": steps_of(self._config),
         }
 
 
-def _selected(saved: Saved) -> tuple[int, ...]:
+def models_of(config: Config) -> list[Model]:
+    """The models of a checkpoint: each client's where they keep private parts, else the global one."""
+    return list(range(config.federation.clients)) if private_parts(config) else [None]
+
+
+def _trained(saved: Saved) -> list[Model]:
+    """The clients that trained in the round: of one that was dropped from it the files keep what it was before."""
     fed = saved.config.federation
-    return plan_round(saved.config.method, fed.clients, saved.round, saved.config.run.seed, fed.fraction).selected
+    plan = plan_round(saved.config.method, fed.clients, saved.round, saved.config.run.seed, fed.fraction)
+    _, header, _ = checkpoint.read_generation(saved.path)
+    return list(plan.without([int(client) for client in header.get("metrics", {}).get("dropped", {})]).selected)
 
 
-def _parameters(saved: Saved, model: int | None, ema: bool, local: bool) -> Tensor:
+def _turns(models: Sequence[Model], rank_of: Callable[[int], int]) -> list[list[Model]]:
+    """The models in groups, in each of which every rank has at most one to draw."""
+    turns: list[list[Model]] = []
+    had: dict[int, int] = {}
+    for model in models:
+        rank = 0 if model is None else rank_of(model)
+        had[rank] = had.get(rank, 0) + 1
+        turns += [[]] if len(turns) < had[rank] else []
+        turns[had[rank] - 1].append(model)
+    return turns
+
+
+def _parameters(saved: Saved, model: Model, ema: bool, local: bool) -> Tensor:
     if not local:
         return saved.parameters(model, ema)
     assert model is not None
     return saved.local_parameters(model, ema)
 
 
-def sampling_config(saved: Saved, **chosen: Any) -> Config:
-    """The checkpoint's configuration with other fields of `sample`; those that are None stay as the run had them."""
-    sample = replace(saved.config.sample, **{name: value for name, value in chosen.items() if value is not None})
-    return replace(saved.config, sample=sample)
+def sampling_config(config: Config, **chosen: Any) -> Config:
+    """The configuration with other fields of `sample`; those that are None stay as the run had them."""
+    sample = replace(config.sample, **{name: value for name, value in chosen.items() if value is not None})
+    return replace(config, sample=sample)
+
+
+def steps_of(config: Config) -> int:
+    """The sampling steps of an image."""
+    return config.sample.steps if config.sample.sampler == "ddim" else config.diffusion.timesteps
+
+
+def images_by_default(real: int) -> int:
+    """How many images of a model are drawn against so many real ones, where no number is asked for."""
+    return min(real, MOST_IMAGES)
 
 
 # --- many models -----------------------------------------------------------------------------------------------------
 
 
-def summary(rows: list[dict[str, Any]], name: str) -> dict[str, float | int]:
-    """Mean, deviation over the clients and the worst client of a distance."""
+def summary(rows: Sequence[Row], name: str) -> dict[str, float | int]:
+    """Mean, deviation over the clients and the worst client of a score, one of WORST."""
     values = [row["scores"][name] for row in rows]
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-    worst = max(rows, key=lambda row: row["scores"][name])
+    worst = WORST[name](rows, key=lambda row: row["scores"][name])
     return {"mean": mean, "deviation": deviation, "worst": worst["scores"][name], "worst_client": worst["client"]}
+
+
+def summaries(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
+    """The summary of each score of WORST that the rows, of one kind of weights, have."""
+    return {name: summary(rows, name) for name in rows[0]["scores"] if name in WORST}
+
+
+def described(facts: Mapping[str, Any]) -> str:
+    """What must be said beside a score, in a line; `facts` as the rows of `Scoring.score` have them."""
+    resized = f", images resized from {facts['resized_from']} pixels" if facts.get("resized_from") else ""
+    return (
+        f"{facts['n']} images a model ({facts['sampler']}, {facts['steps']} steps) against {facts['n_real']} of "
+        f"{facts['split']}; extractor {facts['extractor']} {facts['checksum'][:12]}{resized}"
+    )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import browser
-from jobs import TINY, fdiff, in_turn
+from jobs import TINY, fdiff, in_turn, rows
 
 from fdiff.errors import UserError
-from fdiff.report import read_run, render
+from fdiff.federator import append_jsonl
+from fdiff.report import charts, read_run, render
 from fdiff.report.charts import Curve, bars, curves, heat_map
 
 needs_browser = pytest.mark.skipif(
@@ -22,14 +24,16 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A scored FULL with a moving average, and an unscored UDEC, both with a grid of each of two rounds."""
+    """FULL with a moving average and UDEC, both scored, with a grid of each of two rounds; and an unscored one."""
     folder = tmp_path_factory.mktemp("runs")
     more = ["--federation.rounds", 2, "--sample.every", 1, "--data.partition", "label-skew", "--data.test_limit", 100]
     more += ["--data.limit", 200]
     requests = [
         ["train", *TINY, *more, "--method", "full", "--optim.ema", 0.9, "--run.dir", "full"],
-        ["train", *TINY, *more, "--method", "udec", "--run.dir", "<b>udec"],
+        ["train", *TINY, *more, "--method", "udec", "--run.dir", "<b>udec", "--federation.clients", 2],
+        ["train", *TINY, *more, "--federation.rounds", 1, "--run.dir", "unscored"],
         ["evaluate", "full", "--all_rounds", "--batch_size", 100, "--runtime.threads", 1],
+        ["evaluate", "<b>udec", "--all_rounds", "--batch_size", 100, "--runtime.threads", 1],
     ]
     for done in in_turn(1, requests, folder):
         done[0].check()
@@ -56,8 +60,8 @@ def test_the_page_opens_wide_and_narrow_light_and_dark(page, width, scheme):
             "return [...document.querySelectorAll('svg, img:not([hidden])')].map(e => {"
             "const b = e.getBoundingClientRect(); return [b.width, b.height, e.naturalWidth ?? 1]; })"
         )
-        # loss and seven scores; a grid, a heat map and the communication of each run; the time of both
-        assert len(sizes) == 8 + 3 * 2 + 1
+        # loss and eight scores; a grid, a heat map and the communication of each run; the time of both
+        assert len(sizes) == 9 + 3 * 2 + 1
         assert all(100 < w <= width and h > 40 and loaded > 0 for w, h, loaded in sizes), sizes
         light_ink = chromium.script("return getComputedStyle(document.querySelector('svg text')).fill")
         paper = chromium.script("return getComputedStyle(document.body).backgroundColor")
@@ -97,11 +101,57 @@ def test_the_page_is_self_contained_and_says_what_the_logs_say(runs, page):
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     full, udec = read_run(runs / "full"), read_run(runs / "<b>udec")
-    assert f"fd_fmnist {full.averaged('fd_fmnist', False)[-1][1]:.2f}" in text
+    for run in (full, udec):
+        assert f"fd_fmnist {run.averaged('fd_fmnist', 'fmnist-cnn', False)[-1][1]:.2f}" in text
+        (told,) = run.told()
+        assert told.startswith("100 images a model (ddim, 4 steps) against 100 of ") and f"Scores of {told}" in text
+        assert "extractor fmnist-cnn" in told and told.endswith("images resized from 8 pixels")
     assert f"{sum(r['communicated_parameters'] for r in udec.rounds):,}" in text
     held = [(client["images"], sum(client["labels"].values())) for client in full.setting["clients"]]
     assert sum(images for images, _ in held) == 200 and all(images == of_labels for images, of_labels in held)
     assert 'class="differs"><th>method</th>' in text
+
+
+@pytest.mark.slow
+def test_a_run_whose_clients_keep_parts_shows_each_and_warns(runs, monkeypatch):
+    udec = read_run(runs / "<b>udec")
+    drawn: dict[str, Curve] = {}
+    monkeypatch.setattr(charts, "curves", lambda of, label: drawn.update({label: of["<b>udec"]}) or curves(of, label))
+    text = render([udec])
+    of_distance = drawn["fd_fmnist (lower is better)"]
+    assert [[round for round, _ in client] for client in of_distance.clients] == [[1, 2], [1, 2]]
+    by_hand = [row["scores"]["fd_fmnist"] for row in udec.scores if row["round"] == 2]
+    assert [client[1][1] for client in of_distance.clients] == by_hand
+    assert of_distance.raw[1] == (2, pytest.approx(sum(by_hand) / 2))
+    assert "the clients differ widely" not in text
+
+    far = [{**row, "scores": {**row["scores"], "fd_fmnist": 10 + 90 * row["client"]}} for row in udec.scores]
+    found = re.findall(r'<p class="warning">(.*?)</p>', render([replace(udec, scores=far)]))
+    expected = "the clients differ widely in fd_fmnist: deviation 82% of the mean, client 1 at 100.0"
+    assert any(expected in warning for warning in found)
+
+
+@pytest.mark.slow
+def test_the_scoring_that_was_written_last_is_shown_of_each_extractor(runs, tmp_path):
+    """Round 2 in one way, then round 1 in another, then both by inception."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "full", run)
+    first, last = (rows(run, "scores")[i] for i in (0, 2))
+    assert (first["round"], last["round"], first["ema"], last["ema"]) == (1, 2, False, False)
+    other = {**first, "n": 99, "scores": {"fd_fmnist": 5.0, "missing_classes": [3, 7]}}
+    how = {"extractor": "inception", "checksum": "f" * 64, "scores": {"fid": 9.0, "kid": 0.5}}
+    fid = [{**row, **how} for row in (first, last)]
+    append_jsonl(run / "scores.jsonl", [other, *fid])
+    found = read_run(run)
+    assert found.averaged("fd_fmnist", "fmnist-cnn", False) == [(1, 5.0)]
+    assert found.averaged("fid", "inception", False) == [(1, 9.0), (2, 9.0)]
+    assert found.averaged("missing_classes", "fmnist-cnn", False) == [(1, 2.0)]
+    assert found.score_text() == "fd_fmnist 5.00, fid 9.00" and found.missing_text() == "3, 7"
+    text = render([found])
+    assert "99 images a model" in text and "extractor inception ffffffffffff" in text
+    assert 'aria-label="FID (lower is better) by round"' in text
+    assert 'aria-label="KID by inception (lower is better) by round"' in text
+    assert "<th>missing classes</th><td>3, 7</td>" in text
 
 
 @pytest.mark.slow
@@ -110,6 +160,7 @@ def test_a_run_that_has_only_begun_and_a_folder_that_is_none(runs, tmp_path):
     begun.mkdir()
     shutil.copy(runs / "full" / "config.yaml", begun)
     assert "no round yet" in render([read_run(begun)])
+    assert "No scores yet" in render([read_run(runs / "unscored")])
     with pytest.raises(UserError, match="none: is not a run folder of fdiff train"):
         read_run(tmp_path / "none")
     (begun / "config.yaml").write_text("method: half")

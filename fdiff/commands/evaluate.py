@@ -6,13 +6,11 @@ Where clients keep private parts each client's model is scored, else the global 
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from fdiff import checkpoint as checkpoints
 from fdiff.assembly import together
@@ -20,12 +18,13 @@ from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.federator import append_jsonl
 from fdiff.launcher import cache_folder
-from fdiff.scoring import Scoring, Wanted, sampling_config, summary
+from fdiff.scoring import Row, Scoring, Wanted, described, sampling_config, summaries
 from fdiff.snapshot import Saved, open_checkpoint
-from fdiff.verdict import distance_of, warnings
+from fdiff.verdict import warnings
 
 NAMES = {"total_variation": "class t.v.", "missing_classes": "missing", "kid_deviation": "± kid"}
 HIDDEN = ("kid_subset_size",)
+SUMMARY = {"mean": "mean", "deviation": "± deviation", "worst": "worst", "worst_client": "worst client"}
 
 
 def run(
@@ -67,14 +66,15 @@ def run(
         json: Print one JSON object for each checkpoint instead of a table.
     """
     saved = together(comm, lambda: _open(checkpoint, all_rounds))
-    config = together(comm, lambda: sampling_config(saved[-1], sampler=sampler, steps=steps, batch_size=batch_size))
+    chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
+    config = together(comm, lambda: sampling_config(saved[-1].config, **chosen))
     config = replace(config, runtime=runtime, data=replace(config.data, root=root or config.data.root))
     asked = None if metrics is None else tuple(metrics.split(","))
     scoring = Scoring(comm, device, config, Wanted(images, extractor, weights, asked), cache_folder() / "features")
     for one in saved:
-        rows = [
-            r for ema in (False, True)[: 1 + one.has_ema] for r in scoring.score(one, ema, local, _bar(comm, one, ema))
-        ]
+        kinds = (False, True)[: 1 + one.has_ema]
+        rows = [row for ema in kinds for done in scoring.score(one, ema, local=local) for row in done]
+        rows.sort(key=lambda row: (row["ema"], row["client"] or 0))
         together(comm, lambda one=one, rows=rows: _tell(one, rows, json) if comm.rank == 0 else None)
 
 
@@ -83,20 +83,10 @@ def _open(path: Path, all_rounds: bool) -> list[Saved]:
     return [open_checkpoint(g.path) for g in kept] or [open_checkpoint(path)]
 
 
-def _bar(comm: Communicator, saved: Saved, ema: bool) -> Any:
-    """A progress bar over rank 0's batches, where a person watches."""
-    title = f"round {saved.round}{', moving average' if ema else ''}"
-
-    def progress(batches: Iterable[int]) -> Iterable[int]:
-        return tqdm(batches, desc=title, unit="batch", leave=False, disable=None if comm.rank == 0 else True)
-
-    return progress
-
-
 # --- what rank 0 says ------------------------------------------------------------------------------------------------
 
 
-def _tell(saved: Saved, rows: list[dict[str, Any]], json: bool) -> None:
+def _tell(saved: Saved, rows: list[Row], json: bool) -> None:
     """Append the rows to the run's log, if the checkpoint is still in its run, and print them."""
     folder = saved.path.resolve().parents[1]
     run_dir = folder if (folder / "config.yaml").exists() else None
@@ -111,51 +101,45 @@ def _tell(saved: Saved, rows: list[dict[str, Any]], json: bool) -> None:
         print(f"warning: {warning}", flush=True)
 
 
-def _as_object(saved: Saved, rows: list[dict[str, Any]], found: list[str]) -> dict[str, Any]:
+def _as_object(saved: Saved, rows: list[Row], found: list[str]) -> dict[str, Any]:
     facts = {k: v for k, v in rows[0].items() if k not in ("client", "ema", "scores")}
     models = [{"client": row["client"], "ema": row["ema"], **row["scores"]} for row in rows]
-    name = distance_of(rows[0])
-    summaries = {
-        "ema" if ema else "raw": {name: summary(of_kind, name)}
-        for ema in (False, True)
-        if name and len(of_kind := [r for r in rows if r["ema"] == ema]) > 1
-    }
-    return {"checkpoint": str(saved.path), **facts, "scores": models, "summary": summaries, "warnings": found}
+    summary = {"ema" if ema else "raw": summaries(of_kind) for ema, of_kind in _kinds(rows) if len(of_kind) > 1}
+    return {"checkpoint": str(saved.path), **facts, "scores": models, "summary": summary, "warnings": found}
 
 
-def _table(saved: Saved, rows: list[dict[str, Any]]) -> str:
-    facts, names = rows[0], [n for n in rows[0]["scores"] if n not in HIDDEN]
-    resized = f", images resized from {facts['resized_from']} pixels" if "resized_from" in facts else ""
+def _table(saved: Saved, rows: list[Row]) -> str:
+    names = [name for name in rows[0]["scores"] if name not in HIDDEN]
+    before = ", before the average" if rows[0]["local"] else ""
     lines = [
-        f"{saved.path}: round {saved.round}, {facts['n']} images a model, {facts['sampler']}, {facts['steps']} steps"
-        + (", before the average" if facts["local"] else ""),
-        f"against {facts['split']} ({facts['n_real']} images)",
-        f"extractor {facts['extractor']} {facts['checksum'][:12]}{resized}",
+        f"{saved.path}: round {saved.round}{before}",
+        described(rows[0]),
         "",
-        f"{'model':18}" + "".join(f"{NAMES.get(name, name):>12}" for name in names),
+        _line("model", [NAMES.get(name, name) for name in names]),
     ]
-    for row in rows:
-        model = "global" if row["client"] is None else f"client {row['client']}"
-        cells = "".join(f"{_cell(row['scores'][name]):>12}" for name in names)
-        lines.append(f"{model + (', average' if row['ema'] else ''):18}{cells}")
-    return "\n".join([*lines, *_summaries(rows)])
+    for ema, of_kind in _kinds(rows):
+        average = ", average" if ema else ""
+        for row in of_kind:
+            model = "global" if row["client"] is None else f"client {row['client']}"
+            lines.append(_line(model + average, [_cell(row["scores"][name]) for name in names]))
+        if len(of_kind) > 1:
+            found = summaries(of_kind)
+            for fact, title in SUMMARY.items():
+                lines.append(_line(title, [_cell(found[n][fact]) if n in found else "" for n in names]))
+    return "\n".join(lines)
 
 
-def _summaries(rows: list[dict[str, Any]]) -> list[str]:
-    name = distance_of(rows[0])
-    lines = []
-    for ema in (False, True):
-        of_kind = [row for row in rows if row["ema"] == ema]
-        if name and len(of_kind) > 1:
-            facts = summary(of_kind, name)
-            lines.append(
-                f"{name}{' of the moving averages' if ema else ''}: {facts['mean']:.2f} ± {facts['deviation']:.2f} "
-                f"over {len(of_kind)} clients, worst {facts['worst']:.2f} (client {facts['worst_client']})"
-            )
-    return lines
+def _kinds(rows: list[Row]) -> list[tuple[bool, list[Row]]]:
+    """The rows of the raw models and, if there are any, of their moving averages."""
+    kinds = [(ema, [row for row in rows if row["ema"] == ema]) for ema in (False, True)]
+    return [(ema, of_kind) for ema, of_kind in kinds if of_kind]
+
+
+def _line(title: str, cells: list[str]) -> str:
+    return (f"{title:18}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) or "none"
-    return f"{value:.4f}"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

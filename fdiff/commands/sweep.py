@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fdiff import sweeps
-from fdiff.assembly import together
+from fdiff.assembly import on_rank_0, together
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
@@ -35,19 +35,19 @@ def run(
     """
     path = together(comm, lambda: sweeps.find(file))
     folder = out or Path("runs") / path.stem
-    sweep = together(comm, lambda: sweeps.read(path, folder))
+    sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     failed: dict[str, str] = {}
     with heeded() as stop:
         for i, cell in enumerate(sweep.cells):
             if comm.rank == 0:
                 log.info("[%d/%d] %s", i + 1, len(sweep.cells), cell.name)
             try:
-                sweeps.bring_to_end(sweep, cell, comm, device, runtime, cache_folder() / "features", stop)
+                sweeps.bring_to_end(sweep, cell, comm, device, cache_folder() / "features", stop)
             except (UserError, RunError) as error:
                 if isinstance(error, Interrupted) or not error.agreed:  # not what this cell alone is to blame for
                     raise
                 failed[cell.name] = str(error)
-            together(comm, lambda: _write(sweep, folder, comm.size) if comm.rank == 0 else None)
+            on_rank_0(comm, lambda: _write(sweep, folder))
     if comm.rank == 0:
         print((folder / "table.txt").read_text(encoding="utf-8"), end="", flush=True)
     if failed:
@@ -56,9 +56,9 @@ def run(
         raise outcome
 
 
-def _write(sweep: sweeps.Sweep, folder: Path, ranks: int) -> None:
+def _write(sweep: sweeps.Sweep, folder: Path) -> None:
     """The table of what is complete so far, in three formats."""
-    results = [line for cell in sweep.cells for line in sweeps.result(sweep, cell, ranks)]
+    results = [line for cell in sweep.cells for line in sweeps.result(sweep, cell)]
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "table.txt", sweeps.as_text(results) + "\n")
     write_atomically(folder / "table.csv", sweeps.as_csv(results))

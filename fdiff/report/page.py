@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,21 +12,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdiff import __version__
 from fdiff.config import to_dict
+from fdiff.extractor import DISTANCES
 from fdiff.forecast import forecast
 from fdiff.plan import SHARED_PARTS
 from fdiff.report import charts
 from fdiff.report.charts import Curve
-from fdiff.report.runs import Run
+from fdiff.report.runs import Run, number
 
-SCORES = {  # name: what the chart's axis says
-    "fd_fmnist": "fd_fmnist (lower is better)",
-    "fid": "FID (lower is better)",
-    "kid": "KID (lower is better)",
-    "precision": "precision (1 is best)",
-    "recall": "recall (1 is best)",
-    "density": "density (1 as real)",
-    "coverage": "coverage (1 is best)",
-    "total_variation": "classes, total variation (0 is best)",
+SCORES = {  # name: what the chart's axis says of it, and of its values
+    "fd_fmnist": ("fd_fmnist", "lower is better"),
+    "fid": ("FID", "lower is better"),
+    "kid": ("KID", "lower is better"),
+    "precision": ("precision", "1 is best"),
+    "recall": ("recall", "1 is best"),
+    "density": ("density", "1 as real"),
+    "coverage": ("coverage", "1 is best"),
+    "total_variation": ("classes, total variation", "0 is best"),
+    "missing_classes": ("missing classes", "0 is best"),
 }
 
 
@@ -38,6 +41,7 @@ def render(runs: Sequence[Run]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         facts=[run.facts() for run in runs],
         curves=list(_curves(runs)),
+        told=[(run.name, line) for run in runs for line in run.told()],
         grids=[_grids(run) for run in runs],
         partitions=[_partition(run) for run in runs],
         communication=[_communication(run) for run in runs],
@@ -56,21 +60,24 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
     }
     if losses:
         yield charts.curves(losses, "loss of the last local epoch")
-    for name, ylabel in SCORES.items():
-        curves = {run.name: _score_curve(run, name) for run in runs}
+    extractors = sorted({extractor for run in runs for extractor in run.extractors})
+    for (name, (title, best)), extractor in itertools.product(SCORES.items(), extractors):
+        curves = {run.name: _score_curve(run, name, extractor) for run in runs}
         curves = {run: curve for run, curve in curves.items() if curve.raw or curve.average}
         if curves:
-            yield charts.curves(curves, ylabel)
+            told = len(extractors) > 1 and name not in DISTANCES.values()  # a distance's name tells its extractor
+            yield charts.curves(curves, f"{title}{f' by {extractor}' if told else ''} ({best})")
 
 
-def _score_curve(run: Run, name: str) -> Curve:
+def _score_curve(run: Run, name: str, extractor: str) -> Curve:
     """The mean over the models, and where there are several the raw one of each client."""
     clients: dict[int, list[tuple[int, float]]] = {}
-    for round, rows in sorted(run.scored(ema=False).items()):
+    for round, rows in run.scored(extractor, ema=False).items():
         for row in rows:
             if row["client"] is not None and name in row["scores"]:
-                clients.setdefault(row["client"], []).append((round, row["scores"][name]))
-    return Curve(run.averaged(name, False), run.averaged(name, True), list(clients.values()))
+                clients.setdefault(row["client"], []).append((round, number(row, name)))
+    raw, average = (run.averaged(name, extractor, ema) for ema in (False, True))
+    return Curve(raw, average, list(clients.values()))
 
 
 def _grids(run: Run) -> list[dict[str, Any]]:

@@ -14,12 +14,16 @@ from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
 from fdiff.federator import read_jsonl
 from fdiff.forecast import forecast
-from fdiff.verdict import distance_of, mean_distance, newest, warnings
+from fdiff.scoring import Row, described
+from fdiff.verdict import distance_of, mean_distance, newest, warnings, way
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. `grids` are PNG files by round; `scores` the newest of each model and way of scoring."""
+    """What a run folder holds.
+
+    `grids` are PNG files by round; `scores` the newest of each model and way of scoring, in the order of writing.
+    """
 
     name: str
     folder: Path
@@ -27,7 +31,7 @@ class Run:
     setting: dict[str, Any]
     rounds: list[dict[str, Any]]
     clients: list[dict[str, Any]]
-    scores: list[dict[str, Any]]
+    scores: list[Row]
     grids: dict[int, Path]
 
     @property
@@ -43,21 +47,33 @@ class Run:
             found.setdefault(row["client"], []).append((row["round"], row[name]))
         return found
 
-    def scored(self, ema: bool) -> dict[int, list[dict[str, Any]]]:
-        """The rows of scores by round: of all clients or the global model, after the average, scored the last way."""
-        rows = [r for r in self.scores if r["ema"] == ema and not r["local"]]
-        ways = [(r["n"], r["checksum"], r["sampler"], r["steps"]) for r in rows]
-        found: dict[int, list[dict[str, Any]]] = {}
-        for row, way in zip(rows, ways, strict=True):
-            if way == ways[-1]:
-                found.setdefault(row["round"], []).append(row)
-        return found
+    @property
+    def extractors(self) -> list[str]:
+        """The extractors with which it is scored."""
+        return sorted({row["extractor"] for row in self.scores if not row["local"]})
 
-    def averaged(self, name: str, ema: bool) -> list[tuple[int, float]]:
+    def scored(self, extractor: str, ema: bool, local: bool = False) -> dict[int, list[Row]]:
+        """The rows of scores by round, of all clients or of the global model, in the way that was written last.
+
+        After the average, or with `local` before it.
+        """
+        rows = [row for row in self.scores if row["extractor"] == extractor and row["local"] == local]
+        found: dict[int, list[Row]] = {}
+        for row in rows:
+            if row["ema"] == ema and way(row) == way(rows[-1]):
+                found.setdefault(row["round"], []).append(row)
+        return dict(sorted(found.items()))
+
+    def averaged(self, name: str, extractor: str, ema: bool) -> list[tuple[int, float]]:
         """(round, mean over the models) of a score."""
-        rounds = self.scored(ema)
-        having = {r: [row["scores"][name] for row in rows if name in row["scores"]] for r, rows in rounds.items()}
-        return [(r, sum(v) / len(v)) for r, v in sorted(having.items()) if v]
+        rounds = self.scored(extractor, ema)
+        having = {r: [number(row, name) for row in rows if name in row["scores"]] for r, rows in rounds.items()}
+        return [(r, sum(v) / len(v)) for r, v in having.items() if v]
+
+    def told(self) -> list[str]:
+        """What must be said beside its scores: a line for each extractor."""
+        rounds = [self.scored(extractor, False) for extractor in self.extractors]
+        return [described(of_extractor[max(of_extractor)][0]) for of_extractor in rounds if of_extractor]
 
     def facts(self) -> dict[str, str]:
         """The row of this run in the table of runs."""
@@ -71,6 +87,7 @@ class Run:
             "rounds": f"{len(self.rounds)} of {fed.rounds}",
             "loss": f"{self.rounds[-1]['loss']:.4f}" if self.rounds else "–",
             "score": self.score_text(),
+            "missing classes": self.missing_text(),
             "N": f"{sum(r['communicated_parameters'] for r in self.rounds):,}",
             "saving": f"{cost['saving']:.1%}",
             "sent": f"{sent / 1e6:,.1f} MB",
@@ -78,19 +95,39 @@ class Run:
         }
 
     def score_text(self) -> str:
-        """The last round's distance, mean over the models, and of which weights."""
+        """The distances of the last round that is scored, mean over the models, and of which weights."""
         best = []
-        for ema in (False, True):
-            rounds = self.scored(ema)
-            rows = rounds[max(rounds)] if rounds else []
-            if rows and (name := distance_of(rows[0])):
+        for ema, rows in self._last_scored():
+            if name := distance_of(rows[0]):
                 best.append(f"{name} {mean_distance(rows):.2f}{' (average)' if ema else ''}")
         return ", ".join(best) or "–"
 
+    def missing_text(self) -> str:
+        """The classes that the raw models of the last scored round do not draw, of each that lacks some."""
+        rows = [r for ema, rows in self._last_scored() for r in rows if not ema and "missing_classes" in r["scores"]]
+        found = []
+        for row in (row for row in rows if row["scores"]["missing_classes"]):
+            model = "" if row["client"] is None else f"client {row['client']}: "
+            found.append(model + ", ".join(map(str, row["scores"]["missing_classes"])))
+        return "; ".join(found) or ("none" if rows else "–")
+
     def warnings(self) -> list[str]:
         """The signs of failure that its scores show."""
-        last = max((r["round"] for r in self.scores), default=0)
-        return warnings([r for r in self.scores if r["round"] == last], self.config, self.folder)
+        rows = [row for local in (False, True) for _, rows in self._last_scored(local) for row in rows]
+        return warnings(rows, self.config, self.folder)
+
+    def _last_scored(self, local: bool = False) -> Iterator[tuple[bool, list[Row]]]:
+        """The rows of the last round of each extractor and kind of weights, behind whether those are the average."""
+        for extractor in sorted({row["extractor"] for row in self.scores}):
+            for ema in (False, True):
+                if rounds := self.scored(extractor, ema, local):
+                    yield ema, rounds[max(rounds)]
+
+
+def number(row: Row, name: str) -> float:
+    """A score as a number: of a list, how many."""
+    score = row["scores"][name]
+    return len(score) if isinstance(score, list) else score
 
 
 def read_run(folder: Path) -> Run:

@@ -7,7 +7,8 @@
       federation.clients: [5, 10]
     score: {images: 200, sampler: ddim, steps: 20, rounds: [1, 5]}
 
-`score.rounds` are the rounds that are scored, by default the last one.
+`score.rounds` are the rounds that are scored, by default the last one. Where and how it runs, the group `runtime`, is
+not the file's: it comes with the call, and is the same for all runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any
 
 import yaml
 
-from fdiff.config import Config, from_dict, preset, to_dict
+from fdiff.config import Config, RuntimeConfig, from_dict, preset, to_dict
 from fdiff.errors import UserError
+from fdiff.extractor import DISTANCES, default_extractor
+from fdiff.scoring import sampling_config
 
 SHIPPED = Path(__file__).parent
 KEYS = ("preset", "fields", "grid", "score")
@@ -29,10 +32,11 @@ KEYS = ("preset", "fields", "grid", "score")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: its name, which is its folder's, and its configuration."""
+    """One run of a sweep: its name, which is its folder's, its configuration, and what of that the grid varies."""
 
     name: str
     config: Config
+    point: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,14 @@ class Score:
     batch_size: int | None = None
     extractor: str | None = None
     rounds: tuple[int, ...] = ()
+
+    def sampling(self, config: Config) -> Config:
+        """The configuration of a run as its images are drawn to be scored. UserError if that cannot be."""
+        return sampling_config(config, sampler=self.sampler, steps=self.steps, batch_size=self.batch_size)
+
+    def extractor_of(self, config: Config) -> str:
+        """The name of the extractor."""
+        return self.extractor or default_extractor(config.data.channels)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def find(name: str) -> Path:
     raise UserError(f"file: {name!r} is no file and not one of those that ship with fdiff: {', '.join(shipped)}")
 
 
-def read(file: Path, out: Path) -> Sweep:
+def read(file: Path, out: Path, runtime: RuntimeConfig) -> Sweep:
     """The sweep of a file, its run folders under `out`; UserError names the key that is wrong."""
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -79,6 +91,9 @@ def read(file: Path, out: Path) -> Sweep:
         raise UserError(f"{file}: must have the key grid and may have preset, fields, score; see fdiff sweep --help")
     base = to_dict(preset(given["preset"]) if "preset" in given else Config())
     _lay_over(file, base, given.get("fields") or {})
+    if base["runtime"] != to_dict(RuntimeConfig()) or any(f.startswith("runtime") for f in given["grid"]):
+        raise UserError(f"{file}: runtime: is not for a sweep's file; give it by flags, --runtime.*")
+    base["runtime"] = to_dict(runtime)
     score = _score(file, given.get("score") or {})
     return Sweep([_cell(file, base, point, score, out) for point in _points(file, given["grid"])], score)
 
@@ -102,8 +117,9 @@ def _cell(file: Path, base: Mapping[str, Any], point: Mapping[str, Any], score: 
         raise UserError(
             f"{file}: score.rounds: {max(score.rounds)} is beyond the {config.federation.rounds} rounds of {name}"
         )
+    score.sampling(config)  # better refused now than when the training is done
     kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
-    return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)))
+    return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)), point)
 
 
 def _lay_over(file: Path, values: dict[str, Any], fields: Any) -> None:
@@ -116,7 +132,18 @@ def _lay_over(file: Path, values: dict[str, Any], fields: Any) -> None:
 
 
 def _score(file: Path, given: Any) -> Score:
-    known = [name for name in Score.__dataclass_fields__]
+    known = list(Score.__dataclass_fields__)
     if not isinstance(given, dict) or set(given) - set(known):
         raise UserError(f"{file}: score: {given!r} is not valid; it may have {', '.join(known)}")
-    return Score(**{**given, "rounds": tuple(given.get("rounds", ()))})
+    images, extractor, rounds = given.get("images"), given.get("extractor"), given.get("rounds", [])
+    if not (images is None or _positive(images)):
+        raise UserError(f"{file}: score.images: {images!r} is not valid; it must be a whole number, at least 1")
+    if extractor not in (None, *DISTANCES):
+        raise UserError(f"{file}: score.extractor: {extractor!r} is not valid; choose one of {', '.join(DISTANCES)}")
+    if not (isinstance(rounds, list) and all(map(_positive, rounds))):
+        raise UserError(f"{file}: score.rounds: {rounds!r} is not valid; it must be a list of rounds, from 1")
+    return Score(**{**given, "rounds": tuple(sorted(set(rounds)))})
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value >= 1
