@@ -13,6 +13,17 @@ from torch import Tensor
 from fdiff.errors import UserError
 
 GRID_SIDE = 56  # pixels, the least side of an image in a grid
+GRIDS, ARRAYS = (".png",), (".h5", ".hdf5")
+
+
+def check_target(path: Path) -> None:
+    """UserError if `save_images` could not write there, as far as that shows before there are images."""
+    is_file = path.suffix.lower() in GRIDS + ARRAYS
+    if path.is_dir() if is_file else path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--out: {path} exists already; name a new folder, FILE.png or FILE.h5")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out: {path} cannot be written ({nearest} is no folder to write in); give another path")
 
 
 def save_images(images: Tensor, path: Path) -> None:
@@ -20,10 +31,11 @@ def save_images(images: Tensor, path: Path) -> None:
 
     UserError if the path cannot be written, or is a folder that has something in it already.
     """
+    check_target(path)
     try:
-        if path.suffix.lower() == ".png":
+        if path.suffix.lower() in GRIDS:
             save_grid(path, images, math.ceil(math.sqrt(len(images))))
-        elif path.suffix.lower() in (".h5", ".hdf5"):
+        elif path.suffix.lower() in ARRAYS:
             save_hdf5(path, images)
         else:
             save_folder(path, images)
@@ -39,6 +51,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     large = images.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
+    temporary.unlink(missing_ok=True)  # what a killed run left, or a link that leads elsewhere
     save_image(make_grid(large.float() / 255, nrow=columns, padding=2), temporary, format="png")
     os.replace(temporary, path)
 
@@ -56,8 +69,6 @@ def save_folder(path: Path, images: Tensor) -> None:
     """000000.png, 000001.png, …"""
     from torchvision.io import write_png
 
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--out: {path} exists already; name a new folder, FILE.png or FILE.h5")
     temporary = path.with_name(f".{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

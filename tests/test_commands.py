@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
+from bars import recorded
 from jobs import TINY, fdiff, in_turn
 from PIL import Image
+from ranks import run_ranks
 
+from fdiff import evaluate
+from fdiff.comm import Communicator, SoloCommunicator
+from fdiff.commands import partition, sample
+from fdiff.config import Config, RuntimeConfig
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
+from fdiff.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Runs `full` and `udec` with a moving average, and samples of them drawn on one rank and on two."""
+    """Runs `full` and `udec` with a moving average, and samples of them drawn on one, two and four ranks."""
     folder = tmp_path_factory.mktemp("runs")
     trained = [["train", *TINY, "--method", m, "--optim.ema", "0.9", "--run.dir", m] for m in ("full", "udec")]
+    trained += [["train", *TINY, "--federation.rounds", "1", "--run.dir", "plain"]]
     common = ["--images", "7", "--batch_size", "2", "--runtime.threads", "1"]
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         drawn = [
             ["sample", "full", *common, "--out", f"full-{ranks}.h5"],
             ["sample", "udec", *common, "--client", "3", "--out", f"udec-{ranks}.h5"],
@@ -40,9 +50,9 @@ def images(file: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["full", "udec", "ddpm"])
 def test_samples_are_the_same_for_any_number_of_ranks(run, name):
-    one, two = images(run / f"{name}-1.h5"), images(run / f"{name}-2.h5")
+    one, two, four = (images(run / f"{name}-{ranks}.h5") for ranks in (1, 2, 4))
     assert one.shape == (7, 8, 8, 1) and one.dtype == np.uint8
-    assert np.array_equal(one, two)
+    assert np.array_equal(one, two) and np.array_equal(one, four)
     assert len({image.tobytes() for image in one}) == 7
 
 
@@ -60,10 +70,61 @@ def test_sample_writes_a_grid_or_a_folder(run, tmp_path):
         assert grid.size == (3 * (56 + 2) + 2, 2 * (56 + 2) + 2)
     fdiff("sample", checkpoint, "--images", 5, "--out", "folder", cwd=tmp_path).check()
     assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == [f"{i:06d}.png" for i in range(5)]
-    again = fdiff("sample", checkpoint, "--images", 5, "--out", "folder", cwd=tmp_path)
-    assert again.status == 2 and "folder exists already" in again.err
-    absent = fdiff("sample", checkpoint, "--client", 9, cwd=tmp_path)
-    assert absent.status == 2 and "client-0009.h5" in absent.err
+
+
+def test_samples_that_cannot_be_had_are_one_line_on_two_ranks(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "grid.png").mkdir()
+    cases = [
+        (["full", "--images", 0], "--images: 0 is not valid"),
+        (["full", "--sampler", "ddim", "--steps", 5000], "sample.steps: 5000 is not valid"),
+        (["full", "--client", 3], "--client: 3 is not valid; full has one model for all clients"),
+        (["udec", "--client", 9], "--client: 9 is not valid; with udec each client has its own model: 0 to 3"),
+        (["plain", "--ema"], "has no moving averages; train with --optim.ema"),
+        (["none"], "none: is not a folder"),
+        (["full", "--out", tmp_path / "full"], "full exists already; name a new folder"),
+        (["full", "--out", tmp_path / "grid.png"], "grid.png exists already"),
+        (["full", "--out", tmp_path / "full" / "file" / "grid.png"], "cannot be written"),
+    ]
+    requests = [["sample", *words, "--runtime.threads", 1] for words, _ in cases]
+    for ends, (_, expected) in zip(in_turn(2, requests, run), cases, strict=True):
+        assert [done.status for done in ends] == [2, 2], (expected, ends)
+        lines = [line for done in ends for line in done.err.splitlines()]
+        assert len(lines) == 1 and expected in lines[0], lines
+
+
+def test_where_samples_cannot_be_written_none_are_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_all", None)
+    with pytest.raises(UserError, match="--out: .* exists already"):
+        sample.run(run / "full", RuntimeConfig(), SoloCommunicator(), torch.device("cpu"), out=run)
+
+
+class Sampling:
+    """`fdiff sample` on a rank; returns what that sent."""
+
+    def __init__(self, run: Path, out: Path) -> None:
+        self.run, self.out = run, out
+
+    def __call__(self, comm: Communicator) -> dict[str, float]:
+        sample.run(self.run, RuntimeConfig(), comm, torch.device("cpu"), out=self.out, images=7, batch_size=2)
+        return comm.ledger.take()
+
+
+def test_of_samples_nothing_but_the_pictures_travels(run, tmp_path):
+    sent = run_ranks(Sampling(run / "full", tmp_path / "out.h5"), 2, tmp_path)
+    assert [set(ledger) <= {"pictures"} for ledger in sent] == [True, True]
+    assert sent[1] == {"pictures": 3 * 8 * 8}  # the second and the fourth batch of two, two, two and one
+    assert np.array_equal(images(tmp_path / "out.h5"), images(run / "full-1.h5"))
+
+
+def test_a_bar_over_all_sampling_steps_is_shown_where_a_person_watches(run, tmp_path, monkeypatch):
+    bars = recorded(monkeypatch)
+    alone = (RuntimeConfig(), SoloCommunicator(), torch.device("cpu"))
+    sample.run(run / "full", *alone, out=tmp_path / "out.h5", images=7, batch_size=4, steps=5)
+    assert bars[0].total == 7 and bars[0].n == pytest.approx(7)
+    shown = bars[0].terminal.getvalue()
+    assert shown.count("images/s") >= 2 * 5 and "| 7/7 [" in shown
 
 
 def test_plan_as_json(tmp_path):
@@ -97,6 +158,14 @@ def test_partition_as_json_and_as_a_picture(tmp_path):
     assert clients[3]["labels"] == {"0": 2, "1": 3979, "2": 1959, "3": 149, "5": 2265, "6": 5484}
     with Image.open(tmp_path / "split.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_a_picture_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--plot: .*split.png cannot be written .No such file or directory.; give"):
+        partition.run(Config(), plot=tmp_path / "none" / "split.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"--plot: matplotlib.figure is not installed; pip install 'fdiff\[report\]'"):
+        partition.run(Config(), plot=tmp_path / "split.png")
 
 
 def test_help(tmp_path):

@@ -9,13 +9,15 @@ from typing import Literal
 import torch
 
 from fdiff import evaluate
-from fdiff.assembly import together
+from fdiff.assembly import on_rank_0, together
 from fdiff.client import Trainer
 from fdiff.comm import Communicator
-from fdiff.config import RuntimeConfig
+from fdiff.config import Config, RuntimeConfig
 from fdiff.errors import UserError
-from fdiff.pictures import save_images
-from fdiff.snapshot import open_checkpoint
+from fdiff.export import check_choice
+from fdiff.pictures import check_target, save_images
+from fdiff.scoring import sampling_config
+from fdiff.snapshot import Saved, open_checkpoint, private_parts
 
 
 def run(
@@ -45,16 +47,28 @@ def run(
         steps: Steps of ddim; by default what the run used.
         batch_size: Images a sampling step; by default what the run used.
     """
-    if images < 1:
-        raise UserError(f"--images: {images} is not valid; it must be at least 1")
+    together(comm, lambda: _check_images(images))
+    on_rank_0(comm, lambda: check_target(out))
     saved = together(comm, lambda: open_checkpoint(checkpoint))
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
-    sample = replace(saved.config.sample, **{k: v for k, v in chosen.items() if v is not None})
-    config = replace(saved.config, sample=sample, runtime=runtime)
-    trainer = Trainer(config, device)
-    parameters = together(comm, lambda: saved.parameters(client, saved.has_ema if ema is None else ema))
-    trainer.buckets.flat.copy_(parameters)
+    config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
+    trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))
     drawn = evaluate.draw_all(comm, trainer, config, images)
-    if drawn is not None:
-        save_images(drawn, out)
+    on_rank_0(comm, lambda: save_images(drawn, out))
+    if comm.rank == 0:
         print(f"{images} images of round {saved.round}: {out}")
+
+
+def _check_images(images: int) -> None:
+    if images < 1:
+        raise UserError(f"--images: {images} is not valid; it must be at least 1")
+
+
+def _trainer_with(saved: Saved, config: Config, device: torch.device, client: int | None, ema: bool | None) -> Trainer:
+    """A trainer with the parameters that are asked for; UserError if the checkpoint has no such model."""
+    client = 0 if client is None and private_parts(config) else client
+    ema = saved.has_ema if ema is None else ema
+    check_choice(saved, client, ema)
+    trainer = Trainer(config, device)
+    trainer.buckets.flat.copy_(saved.parameters(client, ema))
+    return trainer
