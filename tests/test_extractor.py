@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from jobs import TINY, fdiff
 from torch import Tensor
 
-from fdiff.config import DataConfig
+from fdiff import extractor as extractors
+from fdiff.comm import SoloCommunicator
+from fdiff.commands import evaluate as command
+from fdiff.commands import sample
+from fdiff.config import DataConfig, RuntimeConfig
 from fdiff.data import open_source
 from fdiff.errors import UserError
 from fdiff.extractor import (
@@ -91,7 +98,8 @@ def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError) as refused:
         load_extractor("inception")
     message = str(refused.value)
-    assert "could not be downloaded" in message and "fmnist-cnn" in message and "\n" not in message
+    assert "could not be downloaded" in message and "\n" not in message
+    assert "or score greyscale images by --extractor fmnist-cnn" in message  # colour images it cannot help
     assert str(tmp_path / "checkpoints" / INCEPTION_FILE) in message
 
 
@@ -115,20 +123,26 @@ def random_weights(tmp_path_factory) -> Path:
     return path
 
 
+def their_features(batch: Tensor) -> Tensor:
+    """pytorch-fid's features (n, 2048) of uint8 greyscale images, by the weights in torch hub's cache."""
+    from pytorch_fid.inception import InceptionV3
+
+    with torch.no_grad():
+        return InceptionV3([3]).eval()(batch.expand(-1, 3, -1, -1) / 255)[0][..., 0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inception_features_and_fid_are_pytorch_fids(random_weights, monkeypatch):
     from pytorch_fid.fid_score import calculate_frechet_distance
-    from pytorch_fid.inception import InceptionV3
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(random_weights.parent.parent))
     assert find_inception_weights() == random_weights
-    theirs, ours = InceptionV3([3]).eval(), load_extractor("inception")
+    ours = load_extractor("inception")
     assert ours.metric_name == "fid"
     batch = images(12, side=16)
     features = ours.features(batch)
-    with torch.no_grad():
-        expected = theirs(batch.expand(-1, 3, -1, -1) / 255)[0][..., 0, 0]
+    expected = their_features(batch)
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
     chosen = features.double()[:, features.var(0).argsort(descending=True)[:4]]  # full rank with few images
@@ -136,3 +150,35 @@ def test_inception_features_and_fid_are_pytorch_fids(random_weights, monkeypatch
     moments = [(h.mean(0).numpy(), np.cov(h.numpy(), rowvar=False)) for h in halves]
     distance = calculate_frechet_distance(*moments[0], *moments[1])
     assert moments_distance(*(Moments.of(h) for h in halves)) == pytest.approx(float(distance), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_command_gives_pytorch_fids_distance(random_weights, monkeypatch, capsys, tmp_path):
+    """End to end on a checkpoint: of the 2048 features those 8 that vary most, or it would take as many images."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(random_weights.parent.parent))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    short = ["--federation.rounds", 1, "--federation.clients", 1, "--sample.every", 0, "--data.test_limit", 12]
+    fdiff("train", *TINY, *short, "--run.dir", "run", cwd=tmp_path).check()
+    alone = (RuntimeConfig(threads=1), SoloCommunicator(), torch.device("cpu"))
+    sample.run(Path("run"), *alone, out=Path("drawn.h5"), images=12)
+    with h5py.File("drawn.h5") as file:
+        fake = torch.from_numpy(file["images"][()]).permute(0, 3, 1, 2)
+    real = open_source(DataConfig(image_side=8, test_limit=12), "test").images(range(12))
+    features = [their_features(x).double() for x in (real, fake)]
+    chosen = torch.cat(features).var(0).argsort(descending=True)[:8]
+    moments = [(f[:, chosen].mean(0).numpy(), f[:, chosen].T.cov().numpy()) for f in features]
+    expected = calculate_frechet_distance(*moments[0], *moments[1])
+
+    whole = InceptionFeatures.forward
+    monkeypatch.setattr(InceptionFeatures, "forward", lambda self, x: (whole(self, x)[0][:, chosen], None))
+    monkeypatch.setattr(extractors, "INCEPTION_FEATURES", 8)
+    command.run(Path("run"), *alone, extractor="inception", weights=random_weights, metrics="frechet,kid", json=True)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["extractor"], told["n"], told["n_real"]) == ("inception", 12, 12) and len(told["checksum"]) == 64
+    (scores,) = told["scores"]
+    assert scores["fid"] == pytest.approx(float(expected), rel=1e-3) and expected > 0
+    assert "fd_fmnist" not in scores and "kid" in scores
