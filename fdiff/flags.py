@@ -33,7 +33,7 @@ COMMANDS = {
     "report": "one HTML file of one or several runs",
     "sweep": "a grid of runs, and the table of their scores and costs",
     "verify": "whether a checkpoint, or every one of a run, is sound",
-    "submit": "train on Slurm, or in the background here; requeues itself",
+    "submit": "train, or sweep, on Slurm, or in the background here; requeues itself",
     "bench": "measure a part beside its baseline or its bound",
     "doctor": "what this machine has, what is missing, and how to get it",
 }

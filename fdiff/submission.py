@@ -1,8 +1,8 @@
-"""The job that `fdiff submit` hands to submitit: a training that is stopped in time, requeued, and gone on with.
+"""The job that `fdiff submit` hands to submitit: a training or a sweep that is stopped in time, requeued, gone on with.
 
-Every task runs `fdiff train` as its child and passes signals on to it. Slurm tells the job to stop by SIGUSR2 before
-its time is up; the child commits a checkpoint and ends with 128 + signal; only then does rank 0's task requeue the
-job. submitit's own handler would requeue, and so kill the job, at the signal.
+Every task runs `fdiff train` or `fdiff sweep` as its child and passes signals on to it. Slurm tells the job to stop by
+SIGUSR2 before its time is up; the child commits a checkpoint and ends with 128 + signal; only then does rank 0's task
+requeue the job. submitit's own handler would requeue, and so kill the job, at the signal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,21 +50,44 @@ class Training:
 
     def __call__(self) -> None:
         """Train until done, or until told to stop and then requeue; exits with the training's status if not 0."""
-        controller = os.getppid()
-        job = load_submitit().JobEnvironment()
-        begun = restarts(job)
-        flags = ["--config", str(self.config_file)] + ["--resume"] * (self.resume or begun > 0)
-        status = supervise([sys.executable, "-m", "fdiff", "train", *flags])
-        if told_to_go_on_later(status, job):
-            if begun < self.max_requeues:
-                _requeue(job, begun + 1)
-                sys.exit(0)
-            if job.global_rank == 0:
-                print(f"fdiff: not requeued: that was start {begun + 1} of {self.max_requeues + 1}", file=sys.stderr)
-        elif status not in (0, *STOPPED):
-            _report_loss(job, status, controller)
-        if status:
-            sys.exit(status)
+
+        def words(begun: int) -> list[str]:
+            return ["train", "--config", str(self.config_file)] + ["--resume"] * (self.resume or begun > 0)
+
+        _carry_out(words, self.max_requeues)
+
+
+@dataclass(frozen=True)
+class Sweeping:
+    """The same for a sweep, which needs no flag to go on. `runtime` are flags."""
+
+    file: Path
+    out: Path
+    runtime: tuple[str, ...]
+    max_requeues: int
+
+    def __call__(self) -> None:
+        """Run the sweep as `Training` trains."""
+        words = ["sweep", str(self.file), "--out", str(self.out), *self.runtime]
+        _carry_out(lambda begun: words, self.max_requeues)
+
+
+def _carry_out(words: Callable[[int], list[str]], max_requeues: int) -> None:
+    """Run `fdiff WORDS`, which follow from how often the job was started before, and requeue if it is told to stop."""
+    controller = os.getppid()
+    job = load_submitit().JobEnvironment()
+    begun = restarts(job)
+    status = supervise([sys.executable, "-m", "fdiff", *words(begun)])
+    if told_to_go_on_later(status, job):
+        if begun < max_requeues:
+            _requeue(job, begun + 1)
+            sys.exit(0)
+        if job.global_rank == 0:
+            print(f"fdiff: not requeued: that was start {begun + 1} of {max_requeues + 1}", file=sys.stderr)
+    elif status not in (0, *STOPPED):
+        _report_loss(job, status, controller)
+    if status:
+        sys.exit(status)
 
 
 def restarts(job: Any) -> int:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from jobs import in_turn, rows
+from bars import recorded
+from jobs import ROOT, clean_env, in_turn, rows
+from launching import PYTHON, rounds, started, wait_for
 
 from fdiff.comm import SoloCommunicator
 from fdiff.commands import sweep as command
 from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
 from fdiff.federator import append_jsonl
+from fdiff.flags import parse
 from fdiff.signals import Stop
 from fdiff.sweeps import Result, as_csv, as_latex, as_text, bring_to_end, find, read, result, running
 from fdiff.sweeps.grid import SHIPPED
@@ -204,9 +208,9 @@ def test_what_is_complete_is_skipped_even_without_its_checkpoints(swept, monkeyp
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_with_what_is_not_complete(swept):
-    """As if killed twice: FULL's scores are not taken, UDEC is in its last round."""
-    before = table()
+def test_a_sweep_goes_on_with_what_is_not_complete(swept, monkeypatch):
+    """As if killed twice: FULL's scores are not taken, UDEC is in its last round. A bar shows how the scoring goes."""
+    before, bars = table(), recorded(monkeypatch)
     (FULL / "scores.jsonl").unlink()
     for name in ("rounds", "clients"):
         keep(UDEC / f"{name}.jsonl", lambda row: row["round"] < 2)
@@ -216,6 +220,8 @@ def test_a_sweep_goes_on_with_what_is_not_complete(swept):
     assert (FULL / "rounds.jsonl").read_bytes() == log  # not trained again
     assert (UDEC / "checkpoints" / "round-000002").exists() and len(rows(UDEC)) == 2
     assert same_scores(table(), before)
+    assert [bar.desc for bar in bars] == ["round 1", "round 2", "round 2"]
+    assert [bar.total for bar in bars] == [100, 100, 200] == [pytest.approx(bar.n) for bar in bars]
 
 
 @pytest.mark.slow
@@ -308,6 +314,58 @@ def test_a_signal_stops_the_scoring_and_keeps_what_is_scored(swept, monkeypatch)
     go_on()
     assert [row["client"] for row in rows(UDEC, "scores") if row["round"] == 2] == [0, 1]  # the first not again
     assert same_scores(table(), before)
+
+
+# --- as a job of its own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks_per_node", "3"], "3 ranks for 2 clients"),
+        (["--federation.rounds", "3"], "--sweep: the file says what runs; besides it give only --run.dir"),
+        (["--array", "a.yaml"], "--array: 'a.yaml' does not go with --sweep"),
+        (["--sweep", "none"], "'none' is no file and not one of those that ship"),
+    ],
+)
+def test_a_sweep_that_would_fail_in_the_queue_is_refused_before_it(words, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep_file(tmp_path)
+    asked = parse(["submit", "--cluster", "local", "--sweep", "tiny.yaml", *words])
+    with pytest.raises(UserError, match=named):
+        asked.run(**asked.arguments)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_submitted_sweep_requeues_itself_and_goes_on(tmp_path):
+    longer = {**TINY, "federation": {"rounds": 12, "local_epochs": 1}}
+    sweep_file(tmp_path, fields=longer, score={"images": 100})
+    words = ["--sweep", "tiny.yaml", "--run.dir", "out", "--runtime.threads", "1"]
+    command = [*PYTHON, "submit", "--cluster", "local", "--tasks_per_node", "2", "--wait", *words]
+    env = clean_env(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    runs = [tmp_path / run for run in (FULL, UDEC)]
+    with started(command, tmp_path, env) as job:
+        wait_for(lambda: rounds(runs[0]) >= 2, 180, "two rounds")
+        for pid in sweeping(tmp_path):
+            os.kill(pid, signal.SIGUSR2)
+        assert job.wait(240) == 0, job.printed
+        assert "restart 1" in job.printed and "COMPLETED  round 24/24" in job.printed
+    assert [rounds(run) for run in runs] == [12, 12]
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "out/table.csv").read_text())))
+    assert [(line["method"], line["round"]) for line in lines] == [("full", "12"), ("udec", "12")]
+
+
+def sweeping(folder: Path) -> list[int]:
+    """The processes `python -m fdiff sweep` that run in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = (process / "cwd").resolve() == folder.resolve()
+            found += [int(process.name)] * (ours and b"-m\0fdiff\0sweep" in (process / "cmdline").read_bytes())
+        except OSError:  # it ended while we looked
+            continue
+    return found
 
 
 def keep(log: Path, wanted: Any) -> None:

@@ -1,4 +1,4 @@
-"""Submit the training to Slurm, or to this machine, through submitit.
+"""Submit the training, or a sweep, to Slurm, or to this machine, through submitit.
 
 The job stops itself before its time is up, commits a checkpoint, requeues itself and goes on from there.
 """
@@ -10,16 +10,18 @@ import shlex
 import shutil
 import time as clock
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from fdiff.config import Config, to_dict
+from fdiff import sweeps
+from fdiff.config import Config, RuntimeConfig, to_dict
 from fdiff.errors import RunError, UserError
 from fdiff.overlay import overlay
-from fdiff.submission import Training, load_submitit, slurm_state
+from fdiff.submission import Sweeping, Training, load_submitit, slurm_state
 
 LOCAL_REQUEUES = 5  # submitit's local executor starts a job at most six times
 DONE = "COMPLETED"
@@ -31,6 +33,15 @@ MAY_PASS = frozenset({"UNKNOWN", "PREEMPTED", "NODE_FAIL"})  # no answer just no
 PASSING_POLLS = 12
 SLURM_NAMES = {"tasks_per_node": "ntasks_per_node", "timeout_min": "time"}
 POLL_S = {"slurm": 5.0, "local": 0.5}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a job is to do: the folder that it fills, the runs in it, and the function that submitit calls."""
+
+    folder: Path
+    runs: list[Config]
+    call: Callable[[], None]
 
 
 def run(
@@ -48,6 +59,7 @@ def run(
     constraint: str | None = None,
     comment: str | None = None,
     array: str | None = None,
+    sweep: str | None = None,
     resume: bool = False,
     notice_s: int = 120,
     max_requeues: int = 5,
@@ -69,6 +81,8 @@ def run(
         constraint: Features that the nodes must have.
         comment: Comment for Slurm's books.
         array: One job for each YAML file of fields, over all other flags: FILE,FILE,... or a folder of *.yaml.
+        sweep: Instead of a training the sweep of this YAML file, or of one that ships with fdiff, in run.dir (by
+            default runs/NAME of the file); of all other flags of the configuration only --runtime.* may be given.
         resume: Go on from the newest complete checkpoint of the run folder, if it has one.
         notice_s: Seconds before the time limit at which the job is told to stop.
         max_requeues: How often a job may requeue itself.
@@ -84,17 +98,21 @@ def run(
         "signal_delay_s": notice_s,
     }
     site = {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "comment": comment}
-    configs = [config] if array is None else [overlay(config, file, "--array") for file in _files(array)]
     _check(cluster, resources, max_requeues)
-    _check_runs(configs, nodes * tasks_per_node, resume)
+    if sweep is None:
+        configs = [config] if array is None else [overlay(config, file, "--array") for file in _files(array)]
+        _check_runs(configs, nodes * tasks_per_node, resume)
+        tasks = [Task(c.run_dir, [c], Training(_keep(_yaml(c), log_dir), resume, max_requeues)) for c in configs]
+    else:
+        tasks = [_sweep(sweep, config, array, nodes * tasks_per_node, log_dir, max_requeues)]
     executor = _executor(cluster, log_dir, resources, {name: value for name, value in site.items() if value})
-    jobs = executor.submit_array([Training(_keep(each, log_dir), resume, max_requeues) for each in configs])
-    for job, each in zip(jobs, configs, strict=True):
-        print(f"job {job.job_id}  run {each.run_dir}  log {_log(job)}")
+    jobs = executor.submit_array([task.call for task in tasks])
+    for job, task in zip(jobs, tasks, strict=True):
+        print(f"job {job.job_id}  run {task.folder}  log {_log(job)}")
     stop = "kill" if cluster == "local" else "scancel"
     print(f"follow:  tail -F {shlex.quote(str(_log(jobs[0])))}\nstop:    {stop} {jobs[0].job_id}", flush=True)
     if wait:
-        _wait(jobs, configs, cluster)
+        _wait(jobs, tasks, cluster)
 
 
 # --- before the queue ----------------------------------------------------------------------------------------------
@@ -124,21 +142,48 @@ def _check(cluster: str, resources: dict[str, int], max_requeues: int) -> None:
         raise UserError(f"--max_requeues: {max_requeues} is not valid; it must be {right}")
 
 
+def _check_ranks(config: Config, ranks: int) -> None:
+    clients = config.federation.clients
+    if ranks > clients:
+        raise UserError(f"--nodes, --tasks_per_node: {ranks} ranks for {clients} clients; at most one each")
+
+
 def _check_runs(configs: Sequence[Config], ranks: int, resume: bool) -> None:
     """What each job would only find out after it waited in the queue. UserError."""
     for config in configs:
-        clients, folder = config.federation.clients, config.run_dir
-        if ranks > clients:
-            raise UserError(f"--nodes, --tasks_per_node: {ranks} ranks for {clients} clients; at most one each")
+        folder = config.run_dir
+        _check_ranks(config, ranks)
         if not resume and folder.exists():
             raise UserError(f"run.dir: '{folder}' exists already; choose another, or pass --resume to go on from it")
         if sum(other.run_dir == folder for other in configs) > 1:
             raise UserError(f"run.dir: '{folder}' is that of several jobs of --array; set run.dir in each of its files")
 
 
-def _keep(config: Config, log_dir: Path) -> Path:
-    """Write the configuration down for the job, under a name that follows from its content."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+def _sweep(
+    name: str, config: Config, array: str | None, ranks: int, log_dir: Path, max_requeues: int
+) -> Task:
+    """The job of a sweep, which goes on with what its folder holds. UserError names what does not go with it."""
+    if array is not None:
+        raise UserError(f"--array: {array!r} does not go with --sweep, which is one job; submit each by itself")
+    if replace(config, runtime=RuntimeConfig(), run=replace(config.run, dir=None)) != Config():
+        raise UserError("--sweep: the file says what runs; besides it give only --run.dir and --runtime.*")
+    path = sweeps.find(name)
+    out = Path(config.run.dir or f"runs/{path.stem}").absolute()
+    runs = [cell.config for cell in sweeps.read(path, out, config.runtime).cells]
+    for run in runs:
+        _check_ranks(run, ranks)
+    given = {n: v for n, v in to_dict(config.runtime).items() if v is not None}
+    flags = tuple(f"--runtime.{n}={str(v).lower() if v in (True, False) else v}" for n, v in given.items())
+    file = _keep(path.read_text(encoding="utf-8"), log_dir)
+    return Task(out, runs, Sweeping(file, out, flags, max_requeues))
+
+
+def _yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _keep(text: str, log_dir: Path) -> Path:
+    """Write the job's file down for it, as it is now, under a name that follows from its content."""
     file = log_dir.absolute() / f"config-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
@@ -176,15 +221,15 @@ def _log(job: Any) -> Path:
     return job.task(0).paths.stdout
 
 
-def _wait(jobs: Sequence[Any], configs: Sequence[Config], cluster: str) -> None:
+def _wait(jobs: Sequence[Any], tasks: Sequence[Task], cluster: str) -> None:
     """Say how the jobs get on until all have ended; RunError names those that failed."""
     said: dict[str, str] = {}
     ended: dict[str, str] = {}
     passing: Counter[str] = Counter()
     while len(ended) < len(jobs):
-        for job, config in zip(jobs, configs, strict=True):
+        for job, task in zip(jobs, tasks, strict=True):
             state = ended.get(job.job_id) or _state(job, cluster)
-            line = f"job {job.job_id}  {state}  {_progress(config)}"
+            line = f"job {job.job_id}  {state}  {_progress(task.runs)}"
             if said.get(job.job_id) != line:
                 said[job.job_id] = line
                 print(line, flush=True)
@@ -207,8 +252,8 @@ def _state(job: Any, cluster: str) -> str:
     return DONE if all(task.paths.result_pickle.exists() for task in tasks) else "FAILED"
 
 
-def _progress(config: Config) -> str:
-    """How far the run is, by its log."""
-    log = config.run_dir / "rounds.jsonl"
-    done = log.read_bytes().count(b"\n") if log.exists() else 0
-    return f"round {done}/{config.federation.rounds}"
+def _progress(runs: Sequence[Config]) -> str:
+    """How far the runs are, by their logs."""
+    logs = [log for run in runs if (log := run.run_dir / "rounds.jsonl").exists()]
+    done = sum(log.read_bytes().count(b"\n") for log in logs)
+    return f"round {done}/{sum(run.federation.rounds for run in runs)}"
