@@ -157,7 +157,8 @@ def over(kind: str, fault: Callable[[Communicator], None] = sums) -> None:
         comm = connect(RuntimeConfig(comm=kind, timeout_s=PATIENCE_S), launch)
         comm.open(torch.device("cpu"))
         fault(comm)
-        print("DONE", comm.name, comm.rank, comm.size, flush=True)
+        sys.stdout.write(f"DONE {comm.name} {comm.rank} {comm.size}\n")  # in one piece, even if nothing is buffered
+        sys.stdout.flush()
         comm.close()
     except UserError as error:
         print("USER", launch.rank, error, file=sys.stderr, flush=True)

@@ -102,7 +102,6 @@ def test_a_stopped_rank_is_named_and_all_end(what: str, says: str, mpi: Mpi) -> 
     assert done.returncode != 0
 
 
-@long
 @slow
 @pytest.mark.parametrize("what", ["killed-mpi", "killed-torch"])
 def test_mpirun_ends_a_job_with_a_killed_rank(what: str, mpi: Mpi) -> None:

@@ -170,7 +170,8 @@ class MpiControl:
 
         _until(all_here, ROLL_CALL_S, CONTROL_SLEEP_S)
         lost, text = judge([calls[r] for r in sorted(calls)], calls)
-        raise LostRanks(lost, text, speaker=min(calls))
+        # A stopped rank that comes to as mpirun ends it finds that it is the lost one: not for it to say.
+        raise LostRanks(lost, text, speaker=min(set(calls) - set(lost), default=self._rank))
 
 
 def _until(done: Callable[[], bool], seconds: float, longest_sleep_s: float) -> bool:
