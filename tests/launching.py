@@ -71,7 +71,7 @@ LAUNCHERS = {
         Launcher("openmpi-torch", _mpirun("openmpi"), "OMPI_COMM_WORLD_RANK", ("--runtime.comm", "torch")),
         Launcher("mpich", _mpirun("mpich"), "PMI_RANK"),
         Launcher(
-            "srun", lambda n: ["srun", "-N2", f"-n{n}", "--wait=10", *PYTHON], "SLURM_PROCID", slurm=True
+            "srun", lambda n: ["srun", "-N2", f"-n{n}", "--wait=30", *PYTHON], "SLURM_PROCID", slurm=True
         ),
         Launcher("submitit-slurm", _submit("--cluster", "slurm"), "SLURM_PROCID", slurm=True),
         Launcher("submitit-local", _submit("--cluster", "local"), "SUBMITIT_LOCAL_GLOBALID"),

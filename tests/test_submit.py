@@ -103,7 +103,7 @@ def waited_for(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(states)
     monkeypatch.setattr(submit, "slurm_state", lambda job: next(answers))
     monkeypatch.setattr(submit.clock, "sleep", lambda seconds: None)
-    submit._wait([JOB], [Config()], "slurm")
+    submit._wait([JOB], [submit.Task(Path("run"), [Config()], lambda: None)], "slurm")
     assert next(answers, None) is None
 
 
@@ -183,7 +183,6 @@ def test_only_the_controller_is_signalled_and_not_who_took_its_place(monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_an_array_trains_each_configuration(tmp_path):
     (tmp_path / "sweep").mkdir()
     for method in ("full", "udec"):
@@ -199,9 +198,8 @@ def test_an_array_trains_each_configuration(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_the_local_job_requeues_itself_and_goes_on(tmp_path):
-    flags = [*TINY, "--federation.rounds", "40", "--sample.every", "0", "--runtime.reduction", "ordered"]
+    flags = [*TINY, "--federation.rounds", "30", "--sample.every", "0", "--runtime.reduction", "ordered"]
     fdiff("train", *flags, "--run.dir", "whole", cwd=tmp_path).check()
     command = [*PYTHON, "submit", *LOCAL, "--tasks_per_node", "2", "--wait", *flags, "--run.dir", "run"]
     with started(command, tmp_path, clean_env(PYTHONPATH=str(ROOT))) as job:
@@ -210,6 +208,6 @@ def test_the_local_job_requeues_itself_and_goes_on(tmp_path):
             os.kill(pid, signal.SIGUSR2)
         assert job.wait(180) == 0, job.printed
         assert "fdiff: requeues job" in job.printed and "restart 1" in job.printed
-    found, expected = arrays(tmp_path / "run", 40), arrays(tmp_path / "whole", 40)
+    found, expected = arrays(tmp_path / "run", 30), arrays(tmp_path / "whole", 30)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
