@@ -25,9 +25,14 @@ class Interrupted(RunError):
         self.number, self.status = number, 128 + number
 
 
+LINE = 2000  # characters; more than that nobody reads, and a value from a file may have any number
+
+
 def one_line(error: Exception, what: str = "") -> UserError | RunError:
-    """The error as one of ours, in one line that begins with what was being done."""
-    text = " ".join(str(error).split())
+    """The error as one of ours, in one line that begins with what was being done; of a long one the two ends."""
+    text = " ".join(str(error)[: 100 * LINE].split())
+    if len(text) > LINE:
+        text = f"{text[: LINE // 2]} ... {text[-LINE // 2 :]}"
     prefix = f"{what}: " if what else ""
     if isinstance(error, Interrupted):
         return error
