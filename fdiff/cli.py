@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -73,18 +74,20 @@ def _serve(arguments: list[str], launch: launcher.Launch) -> int:
 
 def _prepare(
     arguments: list[str], launch: launcher.Launch
-) -> tuple[Request | None, torch.device | None, UserError | None]:
+) -> tuple[Request | None, torch.device | None, UserError | RunError | None]:
     """The request and this rank's device, or what is wrong with them: the other ranks have to hear of it."""
     try:
         request = parse(arguments)
         return request, set_up(request.runtime, launch) if request.collective else None, None
-    except UserError as error:
-        return None, None, error
+    except Exception as error:
+        if launch.size == 1 and not isinstance(error, UserError):
+            raise  # nobody else has to hear of it, and its traceback tells more
+        return None, None, one_line(error)
 
 
 def _join(
-    runtime: RuntimeConfig, launch: launcher.Launch, error: UserError | None
-) -> tuple[Communicator, UserError | None]:
+    runtime: RuntimeConfig, launch: launcher.Launch, error: UserError | RunError | None
+) -> tuple[Communicator, UserError | RunError | None]:
     """Meet the other ranks; if the runtime asked for does not fit, meet by the default one to say so."""
     try:
         return connect(runtime, launch), error
@@ -104,6 +107,8 @@ def _fail(error: BaseException, launch: launcher.Launch, comm: Communicator | No
         if comm is not None:
             with contextlib.suppress(Exception):
                 comm.close()
+            if any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate()):
+                os._exit(status)  # a disk that a writer waits for may never answer
         return status
     speaker = error.speaker if isinstance(error, LostRanks) else comm.rank
     status = _say(error, speaks=comm.rank == speaker)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import TINY, Done, fdiff, in_turn
+from faults import plants
+from faults.processes import Job
+from faults.runs import train
+from jobs import TINY, Done, fdiff, in_turn, torchrun
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -47,6 +52,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "few images": ("--data.limit 3", ("4 clients need at least 4 images", "has 3"), 2),
     "few for skew": ("--data.limit 39 --data.partition label-skew", ("at least 40 images", "has 39"), 2),
     "hopeless skew": ("--data.partition quantity-skew --data.beta 0.01", ("1000 draws", "larger data.beta"), 2),
+    "hopeless labels": ("--data.partition label-skew --data.beta 0.0001", ("1000 draws", "larger data.beta"), 2),
     "root": ("--data.dataset fashion-mnist --data.root empty", ("empty", "train-images-idx3-ubyte", "download"), 2),
     "corrupt idx": ("--data.dataset fashion-mnist --data.root corrupt", ("corrupt/train-", "idx"), 2),
     "corrupt image": ("--data.dataset folder --data.root spoilt", ("07.png",), 2),
@@ -58,7 +64,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "yaml field": ("--config unknown.yaml", ("federation.client: no such field", "local_epochs"), 2),
     "no yaml": ("--config absent.yaml", ("--config: absent.yaml cannot be read",), 2),
     "comm": ("--runtime.comm none", ("runtime.comm: 'none'", "2 ranks"), 2),
-    "loss": ("--optim.lr 1e30 --federation.local_epochs 4", ("client ", "round ", "step ", "not a finite number"), 1),
+    "loss": ("--optim.lr 1e30 --optim.batch_size 64", (", round 2: step 1: the loss is", "not a finite number"), 1),
 }
 GPU = {"no gpu"}
 ON_RANKS_ONLY = {"ranks", "comm"}
@@ -109,8 +115,22 @@ def test_a_bad_request_leaves_what_was_there(on_two_ranks, folder):
 
 def test_after_a_loss_that_is_not_finite_the_last_checkpoint_stands(on_two_ranks, folder):
     run = folder / f"run-{list(CASES).index('loss')}"
-    left = [f.name for f in (run / "checkpoints").iterdir()]
-    assert all(name.startswith("round-") for name in left)
+    assert re.search(r"client \d+, round 2: step \d+", complaints(on_two_ranks["loss"])[0])
+    assert [f.name for f in (run / "checkpoints").iterdir()] == ["round-000001"]
+    assert all(line.startswith("sound ") for line in fdiff("verify", run, cwd=folder).check().out.splitlines())
+
+
+def test_under_torchrun_it_is_said_once_and_the_status_tells(folder):
+    done = torchrun(2, "train", *TINY, "--federation.fraction", 1.5, cwd=folder)
+    assert done.status != 0 and done.err.count("fdiff: error:") == 1, done.err
+    assert "federation.fraction: 1.5" in done.err and "fdiff/cli.py" not in done.err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_what_fails_on_one_rank_before_they_meet_is_heard_by_all(tmp_path, victim):
+    job = Job(train("run", "full", 1), 2, tmp_path, partial(plants.fail_to_start, victim))
+    assert job.wait(60) and job.statuses() == [1, 1]
+    assert job.errors() == ["fdiff: error: RuntimeError: no driver"] and "Traceback" not in job.said()
 
 
 def test_alone(folder):

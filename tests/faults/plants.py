@@ -127,19 +127,43 @@ def stop_in_round(round: int, step: int, victim: int, rank: int) -> None:
     Trainer.train, Trainer.step = counting, stopping
 
 
-def hold_in_round(round: int, rank: int) -> None:
-    """A training step of a round does not end; the file `held` says that it has begun."""
+def hold_in_round(round: int, seconds: float, rank: int) -> None:
+    """A training step of a round takes its time; the file `held` says that it has begun."""
     from fdiff.client import Trainer
 
-    train = Trainer.train
+    train, step = Trainer.train, Trainer.step
+    due = {"now": False}
 
-    def holding(self, client, of_round, tick=lambda: None):
-        if of_round == round:
-            Path("held").touch()
-            time.sleep(600)
+    def choosing(self, client, of_round, tick=lambda: None):
+        due["now"] = of_round == round
         return train(self, client, of_round, tick)
 
-    Trainer.train = holding
+    def holding(self, *batch):
+        if due["now"] and not Path("held").exists():
+            Path("held").touch()
+            time.sleep(seconds)
+        return step(self, *batch)
+
+    Trainer.train, Trainer.step = choosing, holding
+
+
+def fail_to_start(victim: int, rank: int) -> None:
+    """This rank's device cannot be set up, for a reason that nobody foresaw."""
+    from fdiff import cli
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no driver")
+
+    if rank == victim:
+        cli.set_up = broken
+
+
+def hang_on_disk(failing: int, round: int, rank: int) -> None:
+    """The disk does not answer any more; then a client fails."""
+    from fdiff import arrayfile
+
+    arrayfile._write = lambda *_: time.sleep(600)
+    fail_client("exception", (failing,), round, rank)
 
 
 def leave_a_process(rank: int) -> None:
