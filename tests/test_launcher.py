@@ -171,6 +171,19 @@ def test_torchrun_announces_its_own_meeting_place() -> None:
     assert place is not None and place.serve  # rank 0 does, since no agent does
 
 
+def test_on_one_node_ranks_meet_on_the_loopback_address_by_whatever_name_it_was_given() -> None:
+    """TCPStore binds to one interface only where it is told 127.0.0.1; the agent's own store is not ours to bind."""
+    given = {"MASTER_PORT": "29500"}
+    for name in ("localhost", "node1", "127.0.1.1"):
+        place = rendezvous(Launch("torchrun", 1, 4, 1, 4), given | {"MASTER_ADDR": name})
+        assert place is not None and place.address == "127.0.0.1"
+        place = rendezvous(Launch("torchrun", 1, 4, 1, 2), given | {"MASTER_ADDR": name})
+        assert place is not None and place.address == name
+    agent = given | {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place = rendezvous(Launch("torchrun", 0, 4, 0, 4), agent)
+    assert place is not None and place.address == "localhost" and not place.serve
+
+
 def test_mpi_agrees_on_one_by_itself() -> None:
     assert rendezvous(IN_OPENMPI, OPENMPI) is None
     assert rendezvous(IN_MPICH, MPICH | {"MASTER_ADDR": "left-over", "MASTER_PORT": "1"}) is None

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from faults.processes import Job
+from faults.runs import equal, train
 from jobs import BIN, TINY, Done, arrays, clean_env, fdiff, in_turn, rows
 from launching import started, trainers, wait_for
 
@@ -138,6 +140,25 @@ def test_rounds_folder_and_runtime_may_change(run):
         --runtime.timeout_s 60 --federation.on_client_failure drop --data.in_memory never --sample.every 0""".split()
     resume(run, *flags).check()
     assert [row["round"] for row in rows(moved)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_keeping_local_models_may_change(tmp_path, before):
+    """With nothing else of its own a client has a file only if its local model is kept."""
+    for rounds, keep in ((2, before), (3, not before), (4, before)):
+        words = train("run", "full", rounds, "--run.keep_local", str(keep).lower(), resume=rounds > 2)
+        job = Job(words, 2, tmp_path)
+        assert job.wait(60) and job.statuses() == [0, 0], job.said()
+        assert any("local" in name for name in arrays(tmp_path / "run", rounds)) == keep
+    assert equal(tmp_path / "run", 4, "full", "--run.keep_local", str(before).lower())
+
+
+def test_the_local_model_of_a_client_that_is_not_selected_stands(tmp_path):
+    more = ("--run.keep_local", "true", "--federation.fraction", 0.5)
+    for rounds in range(1, 5):
+        job = Job(train("run", "full", rounds, *more, resume=True), 1, tmp_path)
+        assert job.wait(60) and job.statuses() == [0], job.said()
+        assert equal(tmp_path / "run", rounds, "full", *more)
 
 
 def test_resume_of_nothing_begins_and_of_a_finished_run_ends(run, tmp_path):
