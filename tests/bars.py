@@ -24,7 +24,7 @@ def recorded(patch: pytest.MonkeyPatch) -> list[tqdm]:
     class Recorded(tqdm):
         def __init__(self, **options: object) -> None:
             self.terminal = Terminal()
-            super().__init__(**options, file=self.terminal, mininterval=0)
+            super().__init__(**options, file=self.terminal, mininterval=0, miniters=0)
             bars.append(self)
 
     patch.setattr(evaluate, "tqdm", Recorded)

@@ -81,7 +81,7 @@ def test_samples_that_cannot_be_had_are_one_line_on_two_ranks(run, tmp_path):
         (["full", "--sampler", "ddim", "--steps", 5000], "sample.steps: 5000 is not valid"),
         (["full", "--client", 3], "--client: 3 is not valid; full has one model for all clients"),
         (["udec", "--client", 9], "--client: 9 is not valid; with udec each client has its own model: 0 to 3"),
-        (["plain", "--ema"], "has no moving averages; train with --optim.ema"),
+        (["plain", "--ema", "true"], "has no moving averages; train with --optim.ema"),
         (["none"], "none: is not a folder"),
         (["full", "--out", tmp_path / "full"], "full exists already; name a new folder"),
         (["full", "--out", tmp_path / "grid.png"], "grid.png exists already"),
