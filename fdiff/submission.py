@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,7 +112,13 @@ def _requeue(job: Any, count: int) -> None:
     if job.cluster != "slurm":
         _local_count(job).write_text(str(count))
     print(f"fdiff: requeues job {job.job_id}, restart {count}", file=sys.stderr, flush=True)
-    job._requeue(count)  # for Slurm `scontrol requeue`; the local executor's controller is told by an exit status
+    try:
+        job._requeue(count)  # for Slurm `scontrol requeue`; the local executor's controller is told by an exit status
+    except subprocess.CalledProcessError as error:
+        if error.returncode > 0:  # else the requeue that it asked for has ended it too
+            reason = f"{shlex.join(error.cmd)} ended with {error.returncode}; submit again with --resume"
+            print(f"fdiff: error: {reason}", file=sys.stderr, flush=True)
+            sys.exit(1)
 
 
 def _local_count(job: Any) -> Path:

@@ -170,6 +170,20 @@ def test_how_a_training_ended_is_said_unless_it_was_told_to(status, said, monkey
     assert ended.value.code == status and capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("killed, status", [(True, 0), (False, 1)])
+def test_a_requeue_may_end_the_command_that_asked_for_it(killed, status, monkeypatch, capsys):
+    def requeue(count: int) -> None:
+        subprocess.run(["sh", "-c", "kill -TERM $$" if killed else "exit 5"], check=True)
+
+    job = SimpleNamespace(cluster="slurm", job_id="123", global_rank=0, _requeue=requeue)
+    monkeypatch.setattr(submission, "load_submitit", lambda: SimpleNamespace(JobEnvironment=lambda: job))
+    monkeypatch.setattr(submission, "supervise", lambda command: submission.TIME_IS_UP)
+    with pytest.raises(SystemExit) as ended:
+        submission.Training(Path("config.yaml"), resume=False, max_requeues=5)()
+    assert ended.value.code == status
+    assert ("ended with 5; submit again with --resume" in capsys.readouterr().err) != killed
+
+
 def test_only_the_controller_is_signalled_and_not_who_took_its_place(monkeypatch):
     signalled = []
     monkeypatch.setattr(os, "kill", lambda pid, number: signalled.append(pid))
