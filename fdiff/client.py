@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fdiff import diffusion, seeds
+from fdiff import capture, diffusion, seeds
 from fdiff.buckets import Buckets
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
@@ -75,6 +75,10 @@ class Trainer:
         if config.optim.ema:
             self.working["ema"] = self.buckets.flat.clone()
         self._optimizer = self._make_optimizer()
+        self._noise = torch.Generator(device)
+        self._loss = capture.compiled(diffusion.loss, device)
+        self.denoiser = capture.compiled(self.model, device)
+        self._graph: capture.Graph[Tensor] | None = None
 
     def _make_optimizer(self) -> torch.optim.Adam:
         flat = nn.Parameter(self.buckets.flat)
@@ -82,7 +86,9 @@ class Trainer:
         # On a CPU the fused kernel rounds the last few elements of a tensor otherwise than the rest, so one flat
         # tensor would train to other last bits than separate ones; the unfused costs little there.
         on_cpu = self.device.type == "cpu"
-        optimizer = torch.optim.Adam([flat], lr=self.config.optim.lr, fused=not on_cpu, foreach=on_cpu)
+        optimizer = torch.optim.Adam(
+            [flat], lr=self.config.optim.lr, fused=not on_cpu, foreach=on_cpu, capturable=not on_cpu
+        )
         self._moments = {
             "step": torch.zeros((), dtype=torch.float32, device=self.device),
             "exp_avg": torch.zeros_like(self.buckets.flat),
@@ -113,12 +119,13 @@ class Trainer:
         """
         started = time.perf_counter()
         shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
-        noise = seeds.torch_stream(self.config.run.seed, "noise", client.index, round, self.device)
+        # The same generator each time: a captured step draws from the one that it was captured with.
+        self._noise.manual_seed(seeds.derive(self.config.run.seed, "noise", client.index, round))
         epochs: list[float] = []
         for epoch in range(self.config.federation.local_epochs):
             losses, sizes = [], []
             for images, labels in self._batches(client.shard, shuffling):
-                losses.append(self.step(images, labels, noise))
+                losses.append(self.step(images, labels))
                 sizes.append(len(images))
                 tick()
             epochs.append(_mean_loss(torch.stack(losses), sizes, epoch * len(losses)))
@@ -136,15 +143,29 @@ class Trainer:
         order = torch.randperm(len(shard), generator=shuffling)
         return shard.batches(order, self.config.optim.batch_size)
 
-    def step(self, images: Tensor, labels: Tensor, noise: torch.Generator) -> Tensor:
-        """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device."""
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device.
+
+        On a GPU a replay of the captured step, but for short batches.
+        """
+        if len(images) != self.config.optim.batch_size or not capture.can_capture(self.device):
+            return self._step(images, labels)
+        if self._graph is None:
+            self._batch = images.clone(), labels.clone()
+            state = [self.buckets.flat, *self._moments.values(), *self.working.values()]
+            self._graph = capture.Graph(lambda: self._step(*self._batch), state, self._noise)
+        for memory, values in zip(self._batch, (images, labels), strict=True):
+            memory.copy_(values)
+        return self._graph.replay().clone()
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         x0 = normalise(images, self.dtype)
-        t = torch.randint(self.schedule.timesteps, (len(x0),), generator=noise, device=self.device)
+        t = torch.randint(self.schedule.timesteps, (len(x0),), generator=self._noise, device=self.device)
         # Drawn in float32 whatever the precision, so that a float64 run sees the same noise.
-        epsilon = torch.randn(x0.shape, generator=noise, device=self.device).to(self.dtype)
+        epsilon = torch.randn(x0.shape, generator=self._noise, device=self.device).to(self.dtype)
         self.buckets.grad.zero_()
         with self.autocast():
-            loss = diffusion.loss(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
+            loss = self._loss(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
         loss.backward()
         self._optimizer.step()
         if self.config.optim.ema:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdiff.capture import Graph, can_capture
 from fdiff.config import DiffusionConfig, SampleConfig
 from fdiff.noise import normal
 
@@ -113,17 +114,23 @@ def sample(
     """Draw the images with the given indices (B,) int64, on whose device it runs: (B, C, S, S), about [-1, 1].
 
     Image i starts from the noise of (key, i) and meets the same noise in any batch and on any rank.
-    `progress` wraps the iteration over the steps, e.g. in a bar.
+    `progress` wraps the iteration over the steps, e.g. in a bar. On a GPU a step is captured, then replayed.
     """
     x = normal(key, images, 0, shape).to(dtype)
-    p, q, a, b, s = (c.tolist() for c in (sampler.p, sampler.q, sampler.a, sampler.b, sampler.s))
-    t = sampler.t.to(images.device)
-    for i in progress(range(len(t))):
+    i = torch.zeros((), dtype=torch.int64, device=images.device)  # on the device, where a captured step counts it
+    t, p, q, a, b, s = (c.to(images.device) for c in (sampler.t, sampler.p, sampler.q, sampler.a, sampler.b, sampler.s))
+    stochastic = bool(sampler.s.any())
+
+    def step() -> None:
         noise = model(x, t[i].expand(len(images)), labels)
         x0 = p[i] * x - q[i] * noise
-        x = a[i] * (x0.clamp(-1, 1) if sampler.clip else x0) + b[i] * x
-        if s[i] > 0:
-            x = x + s[i] * normal(key, images, i + 1, shape).to(dtype)
+        mean = a[i] * (x0.clamp(-1, 1) if sampler.clip else x0) + b[i] * x
+        x.copy_(mean + s[i] * normal(key, images, i + 1, shape).to(dtype) if stochastic else mean)
+        i.add_(1)
+
+    advance = Graph(step, (x, i)).replay if can_capture(images.device) else step
+    for _ in progress(range(len(sampler.t))):
+        advance()
     return x
 
 

@@ -58,7 +58,7 @@ def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = it
     try:
         with trainer.autocast():
             x = diffusion.sample(
-                model,
+                trainer.denoiser,
                 diffusion.make_sampler(config.diffusion, config.sample),
                 seeds.derive(config.run.seed, "sampling"),
                 indices,

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fdiff"
 # A module imports from lower layers only; those of one name share their layer and may import each other.
 LAYERS = [
     {"errors", "__init__"},
-    {"config", "seeds", "launcher", "partition", "unet", "noise", "arrayfile"},
+    {"config", "seeds", "launcher", "partition", "unet", "noise", "arrayfile", "capture"},
     {"diffusion", "device", "signals", "plan", "schedule", "buckets", "pictures", "scores", "overlay", "submission"},
     {"comm"},
     {"data"},
@@ -29,6 +29,22 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
+# What the core may know of the rest, name by name: process, data and diffusion stay apart.
+MAY_IMPORT = {
+    "aggregate": {"comm", "plan"},
+    "buckets": {"errors"},
+    "capture": set(),
+    "checkpoint": {"arrayfile", "buckets"},
+    "client": {"buckets", "capture", "config", "data", "diffusion", "errors", "plan", "seeds", "unet"},
+    "comm": {"config", "errors", "launcher", "schedule"},
+    "data": {"config", "device", "errors"},
+    "diffusion": {"capture", "config", "noise"},
+    "federator": {"checkpoint", "config", "errors", "launcher", "pictures"},
+    "partition": {"errors"},
+    "plan": {"seeds", "unet"},
+    "schedule": set(),
+    "unet": set(),
+}
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -58,6 +74,19 @@ def test_a_module_imports_from_lower_layers(path):
     for target in {n.split(".")[1] for n in imported(path) if n.startswith("fdiff.")} & LAYER.keys():
         assert LAYER[target] < LAYER[name] or target == name, f"{name} must not import {target}"
         assert not (name == target == "commands"), "commands do not import each other"
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_the_core_knows_only_what_it_is_made_of(name):
+    paths = [path for path in MODULES if owner(path) == name]
+    targets = {n.split(".")[1] for path in paths for n in imported(path) if n.startswith("fdiff.")} & LAYER.keys()
+    assert targets - {name} <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("folder", ["launch", "slurm"])
+def test_scripts_beside_the_package_only_call_it(folder):
+    for path in (PACKAGE.parent / folder).rglob("*.py"):
+        assert not any(name.split(".")[0] == "fdiff" for name in imported(path)), path
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -71,7 +71,7 @@ def test_a_step_keeps_what_the_budget_says():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         images, labels = torch.zeros(8, 1, 16, 16, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
-        trainer.step(images, labels, torch.Generator())
+        trainer.step(images, labels)
     arena = trainer.buckets.flat.untyped_storage().data_ptr()
     held = sum(t.untyped_storage().nbytes() for address, t in seen.items() if address != arena)
     assert activations(config) == pytest.approx(held, rel=0.1)

@@ -12,10 +12,10 @@ import torch
 from comm_cases import CASES, EVERYBODY, RANKS
 from ranks import End, end_ranks, free_port, run_ranks
 
-from fdiff.comm import Communicator, SoloCommunicator, heartbeat
+from fdiff.comm import Communicator, SoloCommunicator, common, heartbeat
 from fdiff.comm.base import device_problem
 from fdiff.comm.common import Groups, judge, pack, unpack
-from fdiff.comm.torch_dist import tcp_store
+from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
 from fdiff.errors import RunError
 
 
@@ -224,6 +224,21 @@ def test_the_store_listens_on_the_loopback_address_only() -> None:
 def test_nobody_serves() -> None:
     with pytest.raises(RunError, match="no rendezvous at 127.0.0.1:"):
         tcp_store("127.0.0.1", free_port(), False, "0", 2, 1)
+
+
+def grouped_cases(comm: TorchCommunicator) -> None:
+    """Every case over the process groups that NCCL needs, here of gloo; so few are kept that some are freed."""
+    common.GROUPS_KEPT = 2
+    comm.name = "nccl"
+    for name, run in CASES.items():
+        run(comm)
+        assert len(comm._groups._kept) <= 2, name
+    comm.name = "gloo"
+
+
+@pytest.mark.slow
+def test_every_case_over_groups_as_nccl_has_them(tmp_path: Path) -> None:
+    run_ranks(grouped_cases, RANKS, tmp_path, timeout_s=120)
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------

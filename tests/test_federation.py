@@ -14,9 +14,11 @@ import yaml
 from jobs import TINY, arrays, in_turn, largest_difference, rows, torchrun
 from ranks import run_ranks
 
+from fdiff import checkpoint, federation, snapshot
 from fdiff import config as cfg
-from fdiff.comm import Communicator
+from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
+from fdiff.errors import RunError
 from fdiff.federation import Federation
 from fdiff.plan import SHARED_PARTS, plan_round
 from fdiff.signals import Stop
@@ -149,7 +151,22 @@ def two_rounds(comm: Communicator) -> dict[str, dict[str, bytes]]:
         buckets.check_shared()
         found[method] = {part: buckets.part(part).numpy().tobytes() for part in PARTS}
         federation.close()
+        _resumed(config, comm, found[method])
     return found
+
+
+def _resumed(config: cfg.Config, comm: Communicator, before: dict[str, bytes]) -> None:
+    """The same bytes are back in the buckets, whose views the parameters still are, then and after one more round."""
+    config = replace(config, federation=replace(config.federation, rounds=3))
+    federation = Federation(config, comm, torch.device("cpu"), Stop())
+    assert federation.start(resume=True) == 2
+    buckets = federation.host.trainer.buckets
+    buckets.check_shared()
+    assert {part: buckets.part(part).numpy().tobytes() for part in PARTS} == before
+    federation.round(3)
+    federation.finish_commit()
+    buckets.check_shared()
+    federation.close()
 
 
 def test_shared_parts_agree_on_all_ranks_and_private_ones_on_no_two(tmp_path, monkeypatch):
@@ -159,6 +176,80 @@ def test_shared_parts_agree_on_all_ranks_and_private_ones_on_no_two(tmp_path, mo
         for part in PARTS:
             different = len({of_rank[method][part] for of_rank in found})
             assert different == (1 if part in shared else 4), (method, part)
+
+
+def failing_in_the_last_commit(comm: Communicator) -> tuple[str, list[int]]:
+    """The error that ends a run in whose last round one rank cannot copy what it is to write; the rounds there are."""
+    config = replace(INSIDE, method="udec", run=cfg.RunConfig(dir=f"{Path.cwd()}/failing"))
+    contents = snapshot.contents
+
+    def fails(host, images, metrics, *more):
+        if comm.rank == 1 and metrics["round"] == 2:
+            raise MemoryError("no room for a copy")
+        return contents(host, images, metrics, *more)
+
+    snapshot.contents = fails
+    try:
+        federation.run(config, comm, torch.device("cpu"))
+    except RunError as error:
+        return str(error), [g.round for g in checkpoint.generations(config.run_dir)]
+    finally:
+        snapshot.contents = contents
+    raise AssertionError("the run ended well")
+
+
+def test_a_rank_that_fails_before_the_last_commit_is_heard_on_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ends = run_ranks(failing_in_the_last_commit, 2, tmp_path, timeout_s=120)
+    assert {error for error, _ in ends} == {"checkpoint: MemoryError: no room for a copy"}
+    assert ends[0][1] == [1]
+
+
+def a_ledger_that_differs(comm: Communicator) -> str:
+    config = replace(INSIDE, run=cfg.RunConfig(dir=f"{Path.cwd()}/differs"))
+    federation.wire_bytes = lambda *_: 17
+    with pytest.raises(RunError) as error:
+        federation.run(config, comm, torch.device("cpu"))
+    assert error.value.agreed  # or every rank would say it
+    return str(error.value)
+
+
+def test_bytes_that_differ_from_the_plan_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run_ranks(a_ledger_that_differs, 2, tmp_path, timeout_s=120)
+    assert len(set(said)) == 1 and said[0].endswith("bytes of parameters were sent, the plan says 17")
+
+
+def test_uniform_weights_every_reporter_alike_and_grids_come_every_n_rounds(tmp_path):
+    """Two clients of 48 and 16 images train alone from the same start; their mean is what the run goes on with."""
+    data = replace(INSIDE.data, partition="quantity-skew", seed=5)
+    base = replace(INSIDE, data=data, federation=cfg.FederationConfig(clients=2, rounds=1, local_epochs=1))
+    trained = {}
+    for weighting in ("uniform", "size"):
+        config = replace(base, federation=replace(base.federation, weighting=weighting))
+        config = replace(config, run=cfg.RunConfig(dir=str(tmp_path / weighting), keep_local=True))
+        federation.run(config, SoloCommunicator(), torch.device("cpu"))
+        trained[weighting] = arrays(tmp_path / weighting, 1)
+    images = [row["images"] for row in rows(tmp_path / "size", "clients")]
+    assert max(images) > 1.5 * min(images)
+    for weighting, weights in (("uniform", [0.5, 0.5]), ("size", [n / sum(images) for n in images])):
+        found = trained[weighting]
+        mean = sum(w * found[f"client-{c:04d}/local"] for c, w in enumerate(weights))
+        averaged = np.concatenate([found[f"global/parts/{part}"] for part in PARTS])
+        np.testing.assert_allclose(averaged, mean, rtol=1e-6, atol=1e-7)
+
+
+def test_a_grid_every_second_round_and_after_the_last(tmp_path):
+    config = replace(
+        INSIDE,
+        federation=cfg.FederationConfig(clients=1, rounds=5, local_epochs=1),
+        data=replace(INSIDE.data, limit=8),
+        sample=cfg.SampleConfig(sampler="ddim", steps=2, images=1, every=2),
+        run=cfg.RunConfig(dir=str(tmp_path / "run")),
+    )
+    federation.run(config, SoloCommunicator(), torch.device("cpu"))
+    grids = sorted(f.name for f in (tmp_path / "run" / "samples").iterdir())
+    assert grids == [f"round-{round:06d}.png" for round in (2, 4, 5)]
 
 
 # --- the real thing ------------------------------------------------------------------------------------------------

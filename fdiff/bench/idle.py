@@ -26,7 +26,7 @@ def quiet(config: Config, clients: int, **run: Any) -> Config:
     """The configuration with so many clients of one embedded image each, no sample grids and no commits but `run`'s."""
     return replace(
         config,
-        federation=replace(config.federation, clients=clients, rounds=MANY),
+        federation=replace(config.federation, clients=clients, rounds=MANY, local_epochs=1),
         data=replace(config.data, dataset="embedded", root=None, partition="iid", limit=clients),
         sample=replace(config.sample, every=0),
         run=replace(config.run, **{"checkpoint_every": MANY, **run}),
@@ -34,8 +34,10 @@ def quiet(config: Config, clients: int, **run: Any) -> Config:
 
 
 @contextmanager
-def federation(config: Config, comm: Communicator, device: torch.device) -> Iterator[Federation]:
-    """A started federation in a folder that is removed afterwards; its clients report at once and train nothing."""
+def federation(
+    config: Config, comm: Communicator, device: torch.device, trains: bool = False
+) -> Iterator[Federation]:
+    """A started federation in a folder that is removed afterwards; its clients report at once unless it `trains`."""
     with scratch(comm, config.run_dir.parent) as folder:
         config = replace(config, run=replace(config.run, dir=str(folder / "run")))
         idle = Federation(config, comm, device, Stop())
@@ -44,7 +46,8 @@ def federation(config: Config, comm: Communicator, device: torch.device) -> Iter
         try:
             idle.start(resume=False)
             trainer: Any = idle.host.trainer
-            trainer.prepare, trainer.train = lambda client, round: None, _report
+            if not trains:
+                trainer.prepare, trainer.train = lambda client, round: None, _report
             yield idle
         finally:
             idle.close()

@@ -88,7 +88,7 @@ def step_work(config: Config) -> list[Work]:
     trainer, data = Trainer(counted, torch.device("cpu")), config.data
     batch = torch.zeros(config.optim.batch_size, data.channels, data.image_side, data.image_side, dtype=torch.uint8)
     with Counter() as counter:
-        trainer.step(batch, torch.zeros(len(batch), dtype=torch.int64), torch.Generator())
+        trainer.step(batch, torch.zeros(len(batch), dtype=torch.int64))
     adam = Work(12.0 * len(trainer.buckets.flat), 7.0 * trainer.buckets.flat.nbytes)  # reads 4, writes 3
     return [*counter.work, adam]
 

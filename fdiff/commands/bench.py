@@ -22,7 +22,8 @@ def run(what: What, config: Config, comm: Communicator, device: torch.device, *,
     """Measure.
 
     Args:
-        what: step: local training; round: all of a round but local training; sample: drawing images.
+        what: step: local training; round: all of a round but local training; wire: rounds over slow links, as root;
+            sample: drawing images; checkpoint: commits; scale: up to 100 clients on the ranks there are.
         json: Print one JSON object instead of a table.
     """
     results = importlib.import_module(f"fdiff.bench.{what}").run(config, comm, device)

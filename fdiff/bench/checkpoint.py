@@ -1,0 +1,142 @@
+"""Committing a checkpoint: how long it takes, beside writing and syncing as many bytes to one file; and how long the
+training stands still for it, beside the twentieth of that time that it may.
+
+Eight clients that keep private parts (UDEC). The stall is what rounds take longer when each is committed, while their
+training, a fixed amount of work in one thread, goes on for longer than a commit takes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fdiff import checkpoint
+from fdiff.bench import idle
+from fdiff.bench.measure import Result, compare, in_turns, slowest
+from fdiff.comm import Communicator, exchange_json
+from fdiff.config import Config
+from fdiff.federation import Federation
+
+CLIENTS, WIDTHS = 8, (64, 128)  # 14.9 and 58.4 million parameters of the paper's model
+REPEATS, WARMUP = 5, 2
+ALLOWED_STALL = 0.05
+PIECE = 2**23
+
+
+def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
+    """Commit time and stall of two widths."""
+    config = replace(config, method="udec")
+    cases = [replace(config, model=replace(config.model, dim=dim)) for dim in WIDTHS]
+    return [result for case in cases for result in _measure(case, comm, device)]
+
+
+def _measure(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
+    with idle.federation(idle.quiet(config, CLIENTS), comm, device) as federation:
+        play, run_dir = _player(federation), federation.config.run_dir
+        play()
+        size = _bytes_of(federation, comm)
+        commit, bound = _commits(federation, play, comm, _writer(run_dir.parent / "bound", size, comm))
+        stall = _stalls(federation, play, comm, device, float(np.median(commit)))
+    parameters = sum(federation.host.trainer.buckets.sizes.values())
+    name = f"{parameters / 1e6:.1f} M parameters, {CLIENTS} clients, {size / 1e6:.0f} MB"
+    allowed = [ALLOWED_STALL * float(np.median(commit))]
+    return [
+        compare(f"commit, {name}", commit, bound, "bound", "s"),
+        compare(f"stall, {name}", stall, allowed, "bound", "s"),
+    ]
+
+
+def _player(federation: Federation) -> Callable[[], None]:
+    rounds = count(1)
+    return lambda: federation.round(next(rounds))
+
+
+def _bytes_of(federation: Federation, comm: Communicator) -> int:
+    """Bytes of all arrays of a checkpoint, of all ranks."""
+    held = federation._uncommitted
+    assert held is not None
+    arrays = [a for client in held.clients.values() for a in client.values()]
+    arrays += list(held.whole[0].values()) if held.whole else []
+    return sum(exchange_json(comm, sum(a.nbytes for a in arrays)))
+
+
+def _commits(
+    federation: Federation, play: Callable[[], None], comm: Communicator, write: Callable[[], None]
+) -> tuple[list[float], list[float]]:
+    """Seconds of commits and of the bound, in turns; a commit's begins when its round is over."""
+    commits, bounds = [], []
+    for turn in range(-WARMUP, REPEATS):
+        play()
+        comm.exchange(b"")
+        began = time.perf_counter()
+        federation.commit()
+        federation.finish_commit()
+        committed = time.perf_counter()
+        write()
+        if turn >= 0:
+            commits.append(committed - began)
+            bounds.append(time.perf_counter() - committed)
+    taken = slowest(comm, {"commit": commits, "bound": bounds})
+    return taken["commit"], taken["bound"]
+
+
+def _writer(path: Path, size: int, comm: Communicator) -> Callable[[], None]:
+    """A function that writes so many bytes, in large pieces from warm memory, to a new file and syncs it, on rank 0."""
+    piece = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
+
+    def write() -> None:
+        if comm.rank != 0:
+            return
+        path.unlink(missing_ok=True)
+        with path.open("xb", buffering=0) as file:
+            for start in range(0, size, PIECE):
+                file.write(piece[: size - start])
+            os.fsync(file.fileno())
+        checkpoint.sync_folder(path.parent)
+
+    return write
+
+
+def _stalls(
+    federation: Federation, play: Callable[[], None], comm: Communicator, device: torch.device, commit_s: float
+) -> list[float]:
+    """By how many seconds a round is longer when the one before it is committed meanwhile."""
+    federation.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
+
+    def committed() -> None:
+        federation.commit()
+        play()
+        federation.finish_commit()
+
+    taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
+    return [longer - plain for longer, plain in zip(taken["committed"], taken["plain"], strict=True)]
+
+
+def _working(federation: Federation, seconds: float) -> Callable[..., object]:
+    """A training that is a fixed number of matrix products, about so many seconds of them in a round on this rank."""
+    matrix = torch.ones(256, 256)
+    report = federation.host.trainer.train
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            torch.mm(matrix, matrix)
+
+    work(100)
+    began = time.perf_counter()
+    work(1000)
+    each_s = (time.perf_counter() - began) / 1000
+    times = ceil(seconds / each_s / len(federation.host.clients))
+
+    def train(*arguments: object) -> object:
+        work(times)
+        return report(*arguments)  # type: ignore[arg-type]
+
+    return train
