@@ -182,10 +182,10 @@ def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> No
         due["now"] = client.index in clients and of_round == round
         return train(self, client, of_round, tick)
 
-    def failing(self, images, labels, noise):
+    def failing(self, *batch):
         if due["now"]:
             _fail(how, self)
-        return step(self, images, labels, noise)
+        return step(self, *batch)
 
     Trainer.train, Trainer.step = choosing, failing
 
@@ -207,11 +207,11 @@ def fail_on_signal(rank: int) -> None:
     step, due = Trainer.step, threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: due.set())
 
-    def failing(self, images, labels, noise):
+    def failing(self, *batch):
         if due.is_set():
             due.clear()
             _fail(random.choice(FAILURES), self)
-        return step(self, images, labels, noise)
+        return step(self, *batch)
 
     Trainer.step = failing
 

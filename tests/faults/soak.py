@@ -116,7 +116,7 @@ def _stop(job: Job, run: Path, found: Found) -> None:
         job.signal(rank, signal.SIGTERM)
     in_time = job.wait(60)
     rounds = [row["round"] for row in logged(run)]
-    gone = lost(run, rounds[-1], keep=1) + (rounds != list(range(1, len(rounds) + 1)))
+    gone = lost(run, len(rounds), keep=1) + (rounds != list(range(1, len(rounds) + 1)))
     found.ended(job, in_time, gone)
     found.wrong["ended by itself"] += set(job.statuses()) != {128 + signal.SIGTERM}
 
