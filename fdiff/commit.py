@@ -24,6 +24,7 @@ POLL_S = 0.01
 FILES_AT_ONCE = 3
 VISIBLE_S = 120.0  # how long a file system may take to show one node what another has written
 GRACE_S = 1.5  # how long a run that fails waits for a commit under way
+STOPPING_S = 0.5  # and for one that was told to stop
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ class Committer:
         A disk that does not answer is not waited for: its thread is left behind, and ends with the process.
         """
         under_way = [f for f in (self._written, self._committed) if f is not None]
-        late = wait(under_way, timeout=GRACE_S).not_done
+        wait(under_way, timeout=GRACE_S)
         self._stop.set()
+        late = wait(under_way, timeout=STOPPING_S).not_done
         self._threads.shutdown(wait=not late, cancel_futures=True)
 
 

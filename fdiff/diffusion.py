@@ -117,15 +117,17 @@ def sample(
     `progress` wraps the iteration over the steps, e.g. in a bar. On a GPU a step is captured, then replayed.
     """
     x = normal(key, images, 0, shape).to(dtype)
-    i = torch.zeros((), dtype=torch.int64, device=images.device)  # on the device, where a captured step counts it
-    t, p, q, a, b, s = (c.to(images.device) for c in (sampler.t, sampler.p, sampler.q, sampler.a, sampler.b, sampler.s))
+    i = torch.zeros(1, dtype=torch.int64, device=images.device)  # on the device, where a captured step counts it
+    times = sampler.t.to(images.device)
+    table = torch.stack((sampler.p, sampler.q, sampler.a, sampler.b, sampler.s), dim=1).to(images.device, dtype)
     stochastic = bool(sampler.s.any())
 
     def step() -> None:
-        noise = model(x, t[i].expand(len(images)), labels)
-        x0 = p[i] * x - q[i] * noise
-        mean = a[i] * (x0.clamp(-1, 1) if sampler.clip else x0) + b[i] * x
-        x.copy_(mean + s[i] * normal(key, images, i + 1, shape).to(dtype) if stochastic else mean)
+        t, (p, q, a, b, s) = times.index_select(0, i), table.index_select(0, i).unbind(1)  # (1,) each
+        noise = model(x, t.expand(len(images)), labels)
+        x0 = p * x - q * noise
+        mean = a * (x0.clamp(-1, 1) if sampler.clip else x0) + b * x
+        x.copy_(mean + s * normal(key, images, i + 1, shape).to(dtype) if stochastic else mean)
         i.add_(1)
 
     advance = Graph(step, (x, i)).replay if can_capture(images.device) else step
