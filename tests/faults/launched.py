@@ -33,7 +33,7 @@ def torchrun(row: Row, cases: range, folder: Path) -> None:
             job = subprocess.Popen(
                 [str(w) for w in (BIN / "torchrun", *words)],
                 cwd=folder,
-                env=clean_env(**{TAG: run.name}),
+                env=clean_env(**{TAG: str(run)}),
                 stdout=log,
                 stderr=log,
             )
@@ -46,7 +46,7 @@ def torchrun(row: Row, cases: range, folder: Path) -> None:
             job.send_signal(signal.SIGTERM)
         ended = _ends(job, 60)
         after_s = time.monotonic() - began
-        left_over = survivors(lambda tag=run.name: tagged(tag))
+        left_over = survivors(lambda tag=str(run): tagged(tag))
         text = (folder / f"{i}.log").read_text()[-300:]
         right = job.returncode != 0 and _went_on(row, f"{i}: {job.returncode} {text}", run, i)
         row.saw(right, hung=not ended, left_over=left_over, after_s=after_s)
@@ -108,7 +108,7 @@ def _one_job(row: Row, i: int, cluster: slurm.Cluster, folder: Path, chance: ran
     words = [sys.executable, "-m", "fdiff", *train(run.name, METHODS[i % 4], 10_000, *_runtime(i))]
     wrapped = "srun --wait=30 " + shlex.join(str(w) for w in words)
     request = ["--nodes=2", "--ntasks-per-node=1", f"--output={i}.log", f"--wrap={wrapped}"]
-    job = slurm.sbatch(cluster, *request, cwd=folder, env={TAG: run.name})
+    job = slurm.sbatch(cluster, *request, cwd=folder, env={TAG: str(run)})
     _until_logged(run)
     time.sleep(chance.uniform(0, 2))
     began = time.monotonic()
@@ -118,7 +118,7 @@ def _one_job(row: Row, i: int, cluster: slurm.Cluster, folder: Path, chance: ran
     except TimeoutError:
         fields, ended = slurm.job_fields(cluster, job), False
     after_s = time.monotonic() - began
-    left_over = survivors(lambda: tagged(run.name))
+    left_over = survivors(lambda: tagged(str(run)))
     if not ended:
         slurm.run(cluster, ["scancel", "--signal=KILL", job])
     text = (folder / f"{i}.log").read_text()[-300:] if (folder / f"{i}.log").exists() else ""
