@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def two_rounds(comm: Communicator) -> dict[str, dict[str, bytes]]:
         buckets.check_shared()
         found[method] = {part: buckets.part(part).numpy().tobytes() for part in PARTS}
         federation.close()
+        if comm.rank == 0:
+            os.close(federation.federator._lock)  # as the end of its process would
         _resumed(config, comm, found[method])
     return found
 

@@ -97,11 +97,10 @@ class Shard:
             collate_fn=_as_it_is,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context="fork" if workers else None,  # the source is inherited, not copied
-            worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # or the loader would draw from torch's global one
         )
         try:
-            for batch in loader:
+            for batch in _started(loader):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch.to(self._device, non_blocking=True)
@@ -109,10 +108,16 @@ class Shard:
             raise RunError(f"loading {self._source.name} failed: {first_line(error)}") from error
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """Launchers signal whole process groups; a worker that ended at once would fail the step that is to be finished."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches. Its workers inherit what is blocked, from their first moment, and leave it to the rank.
+
+    Launchers signal whole process groups; a worker that ended at once would fail the step that is to be finished.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Batches(Dataset):
