@@ -11,12 +11,15 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 SUBNET = "10.213.0"
 INTERFACE = "eth0"
 BURST_S = 2e-3  # what a link lets through at once, in time at its bandwidth
 SMALLEST_BURST = 65_536  # a packet before it is cut into frames
+
+_made = count()
 
 
 def why_not() -> str | None:
@@ -52,7 +55,7 @@ class Network:
 @contextmanager
 def network(ranks: int, mbit_per_s: float | None = None) -> Iterator[Network]:
     """A network of so many ranks, gone at the end of the block; OSError with `ip`'s words if it cannot be made."""
-    tag = f"fd{os.getpid() % 10_000}"
+    tag = f"fd{os.getpid() % 10_000}x{next(_made)}"  # an interface's name has at most 15 letters
     made = Network(tuple(f"{tag}n{rank}" for rank in range(ranks)), f"{tag}br")
     try:
         _ip("link", "add", made.bridge, "type", "bridge")
