@@ -116,7 +116,12 @@ def _stalls(
         play()
         federation.finish_commit()
 
-    taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on a GPU, whose host waits: with all cores busy it would show who shares them
+    try:
+        taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
+    finally:
+        torch.set_num_threads(threads)
     return [longer - plain for longer, plain in zip(taken["committed"], taken["plain"], strict=True)]
 
 
