@@ -53,7 +53,7 @@ def assemble(config: Config, comm: Communicator, device: torch.device) -> Member
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
-    host = together(comm, lambda: Host(Trainer(config, device), members))
+    host = together(comm, lambda: Host(Trainer(config, device, comm.allocate), members, comm.allocate))
     return Members(host, images, _committer(config, comm), setting)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fdiff import capture, diffusion, seeds
-from fdiff.buckets import Buckets
+from fdiff.buckets import Allocate, Buckets, plain
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
 from fdiff.errors import RunError
@@ -62,14 +62,15 @@ class Trainer:
     """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
-    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in `buckets`.
+    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in `buckets`, in
+    memory from `allocate`.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, allocate: Allocate = plain) -> None:
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
-        self.buckets = Buckets(self.model, PARTS).to(device, self.dtype)
+        self.buckets = Buckets(self.model, PARTS, allocate).to(device, self.dtype)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
         if config.optim.ema:

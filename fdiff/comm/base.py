@@ -99,6 +99,12 @@ class Communicator(Protocol):
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """Make ready for payload on the device; every rank calls it once, after they agreed that nothing is amiss."""
 
+    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory (size,), not initialised, for what is to be summed again and again.
+
+        On the host ranks of one node read it of each other. A sum's tensor lies in such memory on all ranks or on none.
+        """
+
     def combine(self, sums: Sequence[Sum]) -> None:
         """Carry out several sums at once; all ranks give the same ones. Each is bit-equal wherever it goes.
 

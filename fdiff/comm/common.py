@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from fdiff.comm.base import Sum
+from fdiff.comm.neighbours import Neighbours
 
 GROUPS_KEPT = 16  # a USPLIT run draws new pairs each round, and every group costs sockets and, with NCCL, memory
 ROLL_CALL_S = 4.0  # how long a rank in trouble waits for a sign of life of those that it was talking to
@@ -47,7 +49,14 @@ class Groups(Generic[T]):
 
 
 class Collectives:
-    """What follows from `combine`."""
+    """What follows from `combine`, and from who the neighbours are."""
+
+    _neighbours: Neighbours
+
+    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See Communicator."""
+        on_host = device.type == "cpu"
+        return self._neighbours.allocate(size, dtype) if on_host else torch.empty(size, dtype=dtype, device=device)
 
     def combine(self, sums: Sequence[Sum]) -> None:
         """See Communicator."""

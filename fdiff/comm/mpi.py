@@ -28,6 +28,7 @@ from fdiff.comm.base import Ledger, Sum, check_devices
 from fdiff.comm.common import LINGER_S, Collectives
 from fdiff.comm.mpi_control import MpiControl
 from fdiff.comm.mpi_library import library_name, start_mpi, takes_device_pointers
+from fdiff.comm.neighbours import Neighbours
 from fdiff.comm.transfers import Transfers
 from fdiff.launcher import Launch, Rendezvous
 
@@ -54,7 +55,8 @@ class MpiCommunicator(Collectives):
         self._control = MpiControl(self._MPI, self._MPI.COMM_WORLD.Dup(), timeout_s)
         self.rank, self.size = launch.rank, launch.size
         self.ledger = Ledger()
-        self._transfers = Transfers(self.rank, self.ledger)
+        self._neighbours = Neighbours()
+        self._transfers = Transfers(self.rank, self.ledger, self._neighbours)
         self._device_pointers = False
         self._host, self._host_taken = torch.empty(0, dtype=torch.uint8), 0
         self._chunk_bytes = CHUNK_BYTES if self._MPI.Get_version() < (4, 0) else sys.maxsize
@@ -66,6 +68,8 @@ class MpiCommunicator(Collectives):
             self._device_pointers = takes_device_pointers(self._MPI)
             way = "by device pointer" if self._device_pointers else "through pinned host memory (it is not CUDA-aware)"
             log.info("%s moves GPU tensors %s", library_name(self._MPI), way)
+        else:
+            self._neighbours.meet(self)
 
     # --- payload
 

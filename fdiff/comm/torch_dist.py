@@ -16,6 +16,7 @@ from torch import Tensor
 from fdiff.comm.base import Ledger, Sum, check_devices
 from fdiff.comm.common import Collectives, Groups
 from fdiff.comm.control import StoreControl
+from fdiff.comm.neighbours import Neighbours
 from fdiff.comm.transfers import Transfers
 from fdiff.errors import RunError
 
@@ -32,7 +33,8 @@ class TorchCommunicator(Collectives):
         self._store, self._timeout_s = store, timeout_s
         self._control = StoreControl(store, rank, size, timeout_s)
         self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
-        self._transfers = Transfers(rank, self.ledger)
+        self._neighbours = Neighbours()
+        self._transfers = Transfers(rank, self.ledger, self._neighbours)
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """See Communicator. NCCL for a GPU of one's own, else gloo. UserError on all if ranks share one unasked."""
@@ -53,6 +55,8 @@ class TorchCommunicator(Collectives):
             )
 
         self._control.watch(start, "start of the process group", range(self.size))
+        if device.type == "cpu":
+            self._neighbours.meet(self)
 
     @property
     def _patience(self) -> timedelta:
@@ -82,16 +86,12 @@ class TorchCommunicator(Collectives):
             one.tensor.mul_(one.weight(self.rank))
         if self.rank in reporters and len(reporters) > 1:
             self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * one.tensor.nbytes)
-            self._payload(
-                one.tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", reporters
-            )
+            self._payload(one.tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", reporters)
         source, to = reporters[0], tuple(sorted((reporters[0], *receivers)))
         among = self._group(to)
         if self.rank in to and receivers:
             self.ledger.count(len(receivers) / len(to) * one.tensor.nbytes)
-            self._payload(
-                one.tensor, lambda t: dist.broadcast(t, source, group=among, async_op=True), "broadcast", to
-            )
+            self._payload(one.tensor, lambda t: dist.broadcast(t, source, group=among, async_op=True), "broadcast", to)
 
     def send(self, tensor: Tensor, to: int) -> None:
         """See Communicator."""
