@@ -103,22 +103,28 @@ class StoreControl:
         return f"did not answer within {self._timeout_s:g} s"
 
     def _exchange(self, turn: int, value: bytes) -> list[bytes]:
-        self._store.set(f"{turn}/{self._rank}", value)
         if self._rank == 0:
-            self._collect(turn)
+            return self._collect(turn, value)
+        self._store.set(f"{turn}/{self._rank}", value)
         if not self._wait([f"{turn}/all"], self._timeout_s + ANSWER_GRACE_S):
             self._miss([0])
-        return unpack(self._store.get(f"{turn}/all"))
+        return unpack(self._read([f"{turn}/all"])[0])
 
-    def _collect(self, turn: int) -> None:
+    def _collect(self, turn: int, value: bytes) -> list[bytes]:
         """On rank 0: wait for all, then publish what came."""
-        keys = [f"{turn}/{r}" for r in range(self._size)]
+        keys = [f"{turn}/{r}" for r in range(1, self._size)]
         if not self._wait(keys, self._timeout_s):
-            self._miss([r for r, key in enumerate(keys) if not self._store.check([key])])
-        self._store.set(f"{turn}/all", pack([self._store.get(key) for key in keys]))
+            self._miss([r for r, key in enumerate(keys, 1) if not self._store.check([key])])
+        values = [value, *self._read(keys)]
+        self._store.set(f"{turn}/all", pack(values))
         if turn > 1:  # everybody who sent for this turn has read the answer of the one before the last
-            for key in [f"{turn - 2}/{r}" for r in range(self._size)] + [f"{turn - 2}/all"]:
+            for key in [f"{turn - 2}/{r}" for r in range(1, self._size)] + [f"{turn - 2}/all"]:
                 self._store.delete_key(key)
+        return values
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        """The values of keys that are there, in one request: one by one each would take two."""
+        return self._store.multi_get(keys) if keys else []
 
     def _miss(self, ranks: Sequence[int]) -> NoReturn:
         """Some are late. They may live and themselves wait for a lost one, in an operation that we are no part of."""

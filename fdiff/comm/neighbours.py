@@ -36,6 +36,7 @@ class Neighbours:
 
     def meet(self, comm: Communicator) -> None:
         """Find out who can read whose memory; every rank calls it."""
+        self._processes = {}
         try:
             word = secrets.token_bytes(16)
             probe = self._shared(len(word), torch.uint8)
@@ -59,6 +60,9 @@ class Neighbours:
 
     def __contains__(self, rank: int) -> bool:
         return rank in self._processes
+
+    def __len__(self) -> int:
+        return len(self._processes)
 
     def allocate(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory (size,) on the host, not initialised, which neighbours can read, if there are any."""
