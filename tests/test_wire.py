@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from jobs import ROOT, clean_env, execute
+from jobs import ROOT, arrays, clean_env, execute, torchrun
 from mpis import find
 
 from fdiff import launcher
@@ -62,8 +63,14 @@ def run_in(net: Network, method: str, port: int, cwd: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def measured(net, tmp_path_factory) -> dict[str, int]:
-    folder = tmp_path_factory.mktemp("wire")
+def folder(tmp_path_factory) -> Path:
+    """Where the runs go."""
+    return tmp_path_factory.mktemp("wire")
+
+
+@pytest.fixture(scope="module")
+def measured(net, folder) -> dict[str, int]:
+    """Bytes sent by method."""
     return {method: run_in(net, method, 29_700 + i, folder) for i, method in enumerate(SHARED_PARTS)}
 
 
@@ -82,6 +89,14 @@ def test_the_interfaces_count_what_the_plan_says(measured, method):
 
 def test_usplit_moves_two_thirds_of_full(measured):
     assert abs(measured["usplit"] / measured["full"] - 2 / 3) < 0.02
+
+
+def test_ranks_of_one_node_which_read_each_others_memory_get_the_same_bits(measured, folder):
+    torchrun(RANKS, "train", *FLAGS, "--method", "usplit", "--run.dir", "one-node", cwd=folder).check()
+    by_wire, by_memory = (arrays(folder / run, 3) for run in ("usplit", "one-node"))
+    assert by_wire.keys() == by_memory.keys() and by_wire
+    for name, values in by_wire.items():
+        assert np.array_equal(values, by_memory[name]), name
 
 
 # --- the same under mpirun, whose ranks go into the namespaces one by one --------------------------------------------
