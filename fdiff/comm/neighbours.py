@@ -88,7 +88,7 @@ class Neighbours:
     def place(self, tensor: Tensor) -> list[int] | None:
         """Where neighbours find a tensor that lies in memory from `allocate`; None if it does not."""
         address = tensor.data_ptr()
-        for descriptor, (start, size, file) in self._own.items():
+        for descriptor, (start, size, file) in list(self._own.items()):  # memory may be given back meanwhile
             if start <= address and address + tensor.nbytes <= start + size:
                 return [descriptor, file, address - start]
         return None
