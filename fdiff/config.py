@@ -188,6 +188,10 @@ class Config:
         name = f"{data.dataset}-{self.method}-{data.partition}-k{fed.clients}-e{fed.local_epochs}-s{self.run.seed}"
         return Path(self.run.dir or f"runs/{name}")
 
+    def saves(self, round: int) -> bool:
+        """Whether the run writes a checkpoint of this round by itself, without a signal."""
+        return round % self.run.checkpoint_every == 0 or round == self.federation.rounds
+
 
 GROUPS: dict[str, type] = {
     "federation": FederationConfig,

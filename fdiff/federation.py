@@ -82,7 +82,7 @@ class Federation:
         self.host.adopt()
         plan = plan.without(dropped)
         aggregated = time.perf_counter()
-        shown, saved = self._shown(round), self._saved(round)
+        shown, saved = self._shown(round), self.config.saves(round)
         ema = self.average_ema(plan, self.host.averages) if self.config.optim.ema and (shown or saved) else None
         images = self.sample(ema) if shown else None
         evaluated = time.perf_counter()
@@ -301,9 +301,6 @@ class Federation:
     def _shown(self, round: int) -> bool:
         every = self.config.sample.every
         return every > 0 and (round % every == 0 or round == self.config.federation.rounds)
-
-    def _saved(self, round: int) -> bool:
-        return round % self.config.run.checkpoint_every == 0 or round == self.config.federation.rounds
 
     def _check_ledger(self, plan: RoundPlan, sent: list[dict[str, float]]) -> int:
         """The bytes that the plan foresees; RunError if the ranks together sent another number."""
