@@ -8,8 +8,8 @@ This module knows nothing of processes, files or devices; whether a root exists 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -188,6 +188,10 @@ class Config:
         name = f"{data.dataset}-{self.method}-{data.partition}-k{fed.clients}-e{fed.local_epochs}-s{self.run.seed}"
         return Path(self.run.dir or f"runs/{name}")
 
+    def saves(self, round: int) -> bool:
+        """Whether the run writes a checkpoint of this round by itself, without a signal."""
+        return round % self.run.checkpoint_every == 0 or round == self.federation.rounds
+
 
 GROUPS: dict[str, type] = {
     "federation": FederationConfig,
@@ -200,39 +204,47 @@ GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
 }
 
-# Field: (predicate, what would be right). Types and choices are checked first, from the annotations.
+MANY = 1_000_000  # of anything that a run does one after the other
+
+
+def _between(low: int, high: int) -> tuple[Any, str]:
+    return lambda v: low <= v <= high, f"between {low} and {high}"
+
+
+# Field: (predicate, what would be right). Types and choices are checked first, from the annotations. Every number has
+# an upper limit: far beyond what makes sense a library fails in words of its own, or a list never ends.
 _LIMITS: dict[str, tuple[Any, str]] = {
-    "federation.clients": (lambda v: v >= 1, "at least 1"),
-    "federation.rounds": (lambda v: v >= 1, "at least 1"),
-    "federation.local_epochs": (lambda v: v >= 1, "at least 1"),
+    "federation.clients": _between(1, 100_000),
+    "federation.rounds": _between(1, MANY),
+    "federation.local_epochs": _between(1, MANY),
     "federation.fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "data.image_side": (lambda v: 1 <= v <= 4096, "between 1 and 4096 pixels"),
     "data.channels": (lambda v: v in (1, 3), "1 or 3"),
     "data.beta": (lambda v: v > 0, "greater than 0"),
     "data.seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
-    "data.limit": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "data.test_limit": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "data.workers": (lambda v: v >= 0, "at least 0"),
+    "data.limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
+    "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
+    "data.workers": _between(0, 256),
     "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
     "model.dim_mults": (lambda v: 1 <= len(v) <= 8 and all(1 <= m <= 64 for m in v), "1 to 8 numbers from 1 to 64"),
-    "model.heads": (lambda v: 1 <= v <= 64, "between 1 and 64"),
-    "model.head_dim": (lambda v: 1 <= v <= 1024, "between 1 and 1024"),
-    "model.classes": (lambda v: 0 <= v <= 100_000, "0 (unconditional) or the number of classes"),
-    "diffusion.timesteps": (lambda v: 2 <= v <= 100_000, "between 2 and 100000"),
+    "model.heads": _between(1, 64),
+    "model.head_dim": _between(1, 1024),
+    "model.classes": (lambda v: 0 <= v <= 100_000, "0 (unconditional) or the number of classes, at most 100000"),
+    "diffusion.timesteps": _between(2, 100_000),
     "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
     "optim.lr": (lambda v: v > 0, "greater than 0"),
-    "optim.batch_size": (lambda v: v >= 1, "at least 1"),
+    "optim.batch_size": _between(1, 10_000_000),
     "optim.ema": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "sample.steps": (lambda v: v >= 1, "at least 1"),
-    "sample.images": (lambda v: v >= 1, "at least 1"),
-    "sample.every": (lambda v: v >= 0, "at least 0"),
-    "sample.batch_size": (lambda v: v >= 1, "at least 1"),
+    "sample.steps": _between(1, 100_000),
+    "sample.images": _between(1, 100_000),
+    "sample.every": _between(0, MANY),
+    "sample.batch_size": _between(1, 100_000),
     "run.seed": (lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
-    "run.checkpoint_every": (lambda v: v >= 1, "at least 1"),
-    "run.keep_checkpoints": (lambda v: v >= 2, "at least 2"),
-    "runtime.threads": (lambda v: v is None or v >= 1, "at least 1, or null"),
-    "runtime.timeout_s": (lambda v: v > 0, "greater than 0 seconds"),
+    "run.checkpoint_every": _between(1, MANY),
+    "run.keep_checkpoints": _between(2, MANY),
+    "runtime.threads": (lambda v: v is None or 1 <= v <= 1024, "between 1 and 1024, or null"),
+    "runtime.timeout_s": (lambda v: 0 < v <= MANY, f"greater than 0 and at most {MANY} seconds"),
 }
 
 
@@ -271,7 +283,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
     if type(value) not in allowed and not number:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise UserError(f"{name}: {value!r} is not valid; it must be of type {names}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if (number or isinstance(value, float)) and not abs(value) <= sys.float_info.max:
         raise UserError(f"{name}: {value!r} is not valid; it must be a finite number")
 
 

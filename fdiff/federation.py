@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +65,7 @@ class Federation:
         self._error: Exception | None = None
         self._last = 0  # the last complete round
         self._uncommitted: Contents | None = None  # what its checkpoint is to hold
+        self._not_averaged: RoundPlan | None = None  # its plan, if the moving averages have not been averaged
         self._committing = False
         self._copies = snapshot.Copies()
 
@@ -81,19 +82,21 @@ class Federation:
         self.host.adopt()
         plan = plan.without(dropped)
         aggregated = time.perf_counter()
-        ema = self.average_ema(plan) if self._shown(round) or self._saved(round) else None
-        images = self.sample(ema) if self._shown(round) else None
+        shown, saved = self._shown(round), self.config.saves(round)
+        ema = self.average_ema(plan, self.host.averages) if self.config.optim.ema and (shown or saved) else None
+        images = self.sample(ema) if shown else None
         evaluated = time.perf_counter()
         seconds = {"train": trained - started, "aggregate": aggregated - trained, "evaluate": evaluated - aggregated}
         metrics = self.record(plan, reports, dropped, seconds, images)
         self._last = round
+        self._not_averaged = plan if self.config.optim.ema and ema is None else None
         self.finish_commit()  # its copies are needed again
         with self._keeping_errors("checkpoint"):
             leads = self.committer.leads
             self._uncommitted = snapshot.contents(
                 self.host, self.members.images, metrics, ema, images, leads, self._copies
             )
-        if self._saved(round):
+        if saved:
             self.commit()
 
     def train(self, plan: RoundPlan, average: Aggregation) -> tuple[list[Report], dict[int, str]]:
@@ -130,15 +133,18 @@ class Federation:
         self.vote()
         return reports, agree_on_dropped(self.comm, plan, failures) if self._drops else {}
 
-    def average_ema(self, plan: RoundPlan) -> Tensor | None:
-        """The shared parts of the clients' moving averages, averaged like the parameters; only to score and save."""
-        if not self.config.optim.ema:
-            return None
-        out = self.host.shared.clone()  # stays where no reporter is left
-        average = self._aggregation(plan, out, "ema")
-        for client in self.host.clients:
-            if client.index in plan.selected:
-                average.add(client.index, self.host.ema_of(client))
+    def average_ema(self, plan: RoundPlan, averages: Mapping[int, Tensor]) -> Tensor:
+        """The shared parts (n,) of the clients' moving averages, averaged like the parameters; only to score and save.
+
+        `averages` has the whole one (P,) of each client of this rank.
+        """
+        with self._keeping_errors("moving average"):
+            out = torch.empty_like(self.host.shared)
+            average = self._aggregation(plan, out, "ema")
+            for client, own in averages.items():
+                if client in plan.selected:
+                    average.add(client, self.host.shared_range(own))
+        self.vote()
         average.finish()
         return out
 
@@ -196,6 +202,20 @@ class Federation:
             self.committer.start(self._uncommitted, self.federator.sync)
         self._uncommitted = None
 
+    def complete_ema(self) -> None:
+        """Average the moving averages for the last round's checkpoint if nobody wanted that when it was complete.
+
+        They are taken from its copies: the clients have trained on.
+        """
+        if not self._not_averaged:
+            return
+        contents = self._uncommitted
+        assert contents is not None  # or the vote that stopped the run would have failed it
+        own = {client: torch.from_numpy(arrays["ema"]) for client, arrays in contents.clients.items()}
+        ema = self.average_ema(self._not_averaged, own)
+        with self._keeping_errors("checkpoint"):
+            self._uncommitted = snapshot.with_ema(contents, self.host, ema, self._copies)
+
     def finish_commit(self) -> None:
         """Wait until the checkpoint under way, if there is one, is visible."""
         if not self._committing:
@@ -232,6 +252,7 @@ class Federation:
         if not hasattr(self, "members"):
             return interruption
         self.finish_commit()
+        self.complete_ema()
         self.commit()
         self.finish_commit()
         done = f"round {self._last} is committed" if self._last else "no round was complete"
@@ -280,9 +301,6 @@ class Federation:
     def _shown(self, round: int) -> bool:
         every = self.config.sample.every
         return every > 0 and (round % every == 0 or round == self.config.federation.rounds)
-
-    def _saved(self, round: int) -> bool:
-        return round % self.config.run.checkpoint_every == 0 or round == self.config.federation.rounds
 
     def _check_ledger(self, plan: RoundPlan, sent: list[dict[str, float]]) -> int:
         """The bytes that the plan foresees; RunError if the ranks together sent another number."""

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fdiff import __version__, checkpoint, launcher
 from fdiff.config import Config, to_dict
-from fdiff.errors import UserError
+from fdiff.errors import UserError, one_line
 from fdiff.pictures import save_grid
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,19 @@ class Federator:
         self._events: Any = None
 
     def was_started_again(self) -> bool:
-        """Whether this job made the run folder itself, before its launcher started it again: then it is to go on."""
+        """Whether this job made the run folder itself, before its launcher started it again: then it is to go on.
+
+        If the folder does not say so in a way that can be read, it is somebody else's, and `open` refuses it.
+        """
         file = self.dir / "setting.json"
         if not launcher.restarts() or not file.exists():
             return False
-        return json.loads(file.read_text(encoding="utf-8")).get("job") == launcher.job_name()
+        try:
+            setting = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            log.warning("%s cannot be read (%s), so nobody knows which job made this run", file, one_line(error))
+            return False
+        return isinstance(setting, dict) and setting.get("job") == launcher.job_name()
 
     def open(self, resume: bool) -> None:
         """Make the run folder; UserError if it exists and is not to be resumed, or cannot be written."""

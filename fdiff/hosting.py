@@ -124,9 +124,14 @@ class Host:
         private = state["private"] if ema is None else state["ema"][: self._shared_span.start]
         return torch.cat((private.to(shared.device), shared))
 
-    def ema_of(self, client: Client) -> Tensor:
-        """The shared range (n,) of a client's own moving average, on the device."""
-        return self.state(client)["ema"][self._shared_span].to(self.shared.device)
+    @property
+    def averages(self) -> dict[int, Tensor]:
+        """Each client's own moving average (P,), wherever it is now."""
+        return {client.index: self.state(client)["ema"] for client in self.clients}
+
+    def shared_range(self, flat: Tensor) -> Tensor:
+        """The shared range (n,) of something the size of a model (P,), on the device."""
+        return flat[self._shared_span].to(self.shared.device)
 
     def _resident_shared(self) -> Tensor:
         return self.trainer.buckets.flat[self._shared_span]

@@ -28,6 +28,7 @@ def overlay(base: Config, file: Path, flag: str = "--config") -> Config:
         raise UserError(f"{flag}: {file} has more than {MAX_BYTES} bytes; give a YAML file of fields")
     try:
         fields = _plain(data.decode("utf-8"))
+        repr(fields)  # or no message could show it: Python refuses to write a number of thousands of digits
     except Exception as error:  # a date, a number or a tag that means nothing makes YAML's own code fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{flag}: {file} is not YAML ({reason})") from None

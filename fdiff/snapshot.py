@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,14 @@ def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies:
     """The shared parts, their moving average (n,) and the sample grid, as host copies."""
     tensors = {f"parts/{part}": host.shared[span] for part, span in host.slices.items()}
     if ema is not None:
-        tensors |= {f"ema/{part}": ema[span] for part, span in host.slices.items()}
+        tensors |= _ema_tensors(host, ema)
     if images is not None:
         tensors["samples"] = images
     return {name: copies.of(name, tensor) for name, tensor in tensors.items()}
+
+
+def _ema_tensors(host: Host, ema: Tensor) -> dict[str, Tensor]:
+    return {f"ema/{part}": ema[span] for part, span in host.slices.items()}
 
 
 def contents(
@@ -94,9 +98,24 @@ def contents(
     own = host.clients if has_client_files(host.trainer.config) else []
     whole = (global_arrays(host, ema, grid, copies), header(host, images, metrics)) if leads else None
     clients = {c.index: client_arrays(host, c) for c in own}
+    _complete_copies(host)
+    return Contents(metrics["round"], clients, whole)
+
+
+def with_ema(contents: Contents, host: Host, ema: Tensor, copies: Copies) -> Contents:
+    """The contents with the average (n,) of the moving averages, which they lacked, where they have what is global."""
+    if contents.whole is None:
+        return contents
+    arrays, header = contents.whole
+    more = {name: copies.of(name, tensor) for name, tensor in _ema_tensors(host, ema).items()}
+    _complete_copies(host)
+    return replace(contents, whole=({**arrays, **more}, header))
+
+
+def _complete_copies(host: Host) -> None:
+    """Wait until what was copied from a GPU is here."""
     if host.shared.is_cuda:
         torch.cuda.current_stream(host.shared.device).synchronize()
-    return Contents(metrics["round"], clients, whole)
 
 
 def header(host: Host, images: Mapping[int, int], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "preset": ("--preset imagenet", ("--preset", "'imagenet'", "fmnist, celeba or mini"), 2),
     "flag": ("--federation.client 3", ("--federation.client",), 2),
     "type": ("--federation.clients many", ("federation.clients", "'many'", "int"), 2),
-    "no clients": ("--federation.clients 0", ("federation.clients: 0", "at least 1"), 2),
+    "no clients": ("--federation.clients 0", ("federation.clients: 0", "between 1 and 100000"), 2),
+    "clients without end": (f"--federation.clients {10**30}", ("federation.clients: 1000", "between 1 and 100000"), 2),
     "fraction 0": ("--federation.fraction 0", ("federation.fraction: 0", "(0, 1]"), 2),
     "fraction 1.5": ("--federation.fraction 1.5", ("federation.fraction: 1.5", "(0, 1]"), 2),
     "beta": ("--data.beta 0", ("data.beta: 0", "greater than 0"), 2),
@@ -138,5 +139,7 @@ def test_alone(folder):
     assert done.status == 2 and complaints([done]) == done.err.splitlines()
     done = fdiff("sample", "absent", cwd=folder)
     assert done.status == 2 and len(done.err.splitlines()) == 1 and "absent" in done.err
+    done = fdiff("plan", "--federation.rounds", 10**30, cwd=folder)
+    assert done.status == 2 and len(done.err.splitlines()) == 1 and "between 1 and 1000000" in done.err
     done = fdiff("plan", "--ranks", "9", cwd=folder)
     assert done.status == 2 and "--ranks: 9" in done.err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fdiff.config import Config, from_dict, preset, to_dict
+from fdiff.config import GROUPS, Config, from_dict, preset, to_dict
 from fdiff.errors import UserError
 from fdiff.flags import COMMANDS, parse
+
+NUMBERS = ("int", "float", "int | None")
 
 
 def parsed(*arguments: object) -> Config:
@@ -89,7 +92,7 @@ def test_resume_alone_takes_the_runs_configuration(tmp_path):
         (["--optim.lr", "-1"], ["optim.lr: -1", "greater than 0"]),
         (["--diffusion.beta_start", "0.5"], ["diffusion.beta_start: 0.5", "diffusion.beta_end = 0.02"]),
         (["--sample.sampler", "ddim", "--diffusion.timesteps", "10"], ["sample.steps: 50", "diffusion.timesteps = 10"]),
-        (["--run.keep_checkpoints", "1"], ["run.keep_checkpoints: 1", "at least 2"]),
+        (["--run.keep_checkpoints", "1"], ["run.keep_checkpoints: 1", "between 2 and 1000000"]),
         (["--json"], ["--json", "--help"]),
         (["--federation.client", "3"], ["--federation.client"]),
         (["--preset"], ["--preset"]),
@@ -100,6 +103,22 @@ def test_bad_flags_are_named_in_one_line(flags, words):
         parsed(*flags)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_every_number_has_an_upper_limit(tmp_path):
+    numbers = [(f"{g}.{f.name}", g, f.name) for g, cls in GROUPS.items() for f in fields(cls) if f.type in NUMBERS]
+    assert len(numbers) > 25
+    for name, group, field in numbers:
+        for huge in (10**30, 10**400):
+            if huge == 10**30 and name in ("optim.lr", "data.beta"):
+                continue  # a number like any other, though it will not learn
+            with pytest.raises(UserError, match=rf"{name}: 1000.* is not valid; it must be ") as caught:
+                from_dict({group: {field: huge}})
+            assert "\n" not in str(caught.value)
+    file = tmp_path / "huge.yaml"
+    file.write_text(f"federation: {{clients: 0x{'f' * 9000}}}\n")
+    with pytest.raises(UserError, match="--config: .*huge.yaml is not YAML .*4300 digits"):
+        parsed("--config", file)
 
 
 @pytest.mark.parametrize(

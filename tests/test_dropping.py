@@ -115,7 +115,11 @@ def job(folder: Path, run: str, method: str, ranks: int, failing: tuple[int, ...
 @pytest.mark.parametrize("method", ["usplit", "ulatdec"])
 def test_a_dropped_client_keeps_its_state_and_the_round_is_the_same_on_any_number_of_ranks(tmp_path, method):
     for ranks in (1, 2, 4):
-        assert set(job(tmp_path, f"run-{ranks}", method, ranks, (1, 2)).statuses()) == {0}
+        ended = job(tmp_path, f"run-{ranks}", method, ranks, (1, 2))
+        assert set(ended.statuses()) == {0}
+        said = [line for line in ended.said().splitlines() if "goes on without" in line]
+        assert [line.partition(":")[0] for line in said] == [f"round 2 goes on without client {c}" for c in (1, 2)]
+        assert all("not a finite number" in line for line in said)
     one = [arrays(tmp_path / "run-1", round) for round in (1, 2, 3)]
     for ranks in (2, 4):
         many = [arrays(tmp_path / f"run-{ranks}", round) for round in (1, 2, 3)]

@@ -155,6 +155,39 @@ def test_the_scoring_that_was_written_last_is_shown_of_each_extractor(runs, tmp_
 
 
 @pytest.mark.slow
+def test_dropped_clients_are_told_with_round_and_reason_and_nothing_where_none_was(runs, page):
+    full, unscored = read_run(runs / "full"), read_run(runs / "unscored")
+    assert "went on without" not in page.read_text()
+    why = "OSError: [Errno 5] <img src=x onerror=alert(1)> & 'quoted'"
+    failing = replace(full, rounds=[full.rounds[0], {**full.rounds[1], "dropped": {"0": "no memory", "3": why}}])
+    escaped = "OSError: [Errno 5] &lt;img src=x onerror=alert(1)&gt; &amp; &#39;quoted&#39;"
+    for shown, name in (([failing], ""), ([unscored, failing], "<td>full</td>")):
+        text = render(shown)
+        table = text[text.index('id="dropped"') : text.index('id="samples"')]
+        told = re.findall(r"<tr>(.*?)</tr>", table)[1:]
+        assert told == [
+            f'{name}<td>2</td><td>{client}</td><td class="text">{reason}</td>'
+            for client, reason in ((0, "no memory"), (3, escaped))
+        ]
+        assert "<img src=x" not in text
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_long_reason_does_not_widen_the_page(runs, tmp_path):
+    full = read_run(runs / "full")
+    why = "OSError: " + "/unreadable" * 180
+    file = tmp_path / "page.html"
+    file.write_text(render([replace(full, rounds=[{**row, "dropped": {"1": why}} for row in full.rounds])]))
+    with browser() as chromium:
+        chromium.emulate(390, 900, "light")
+        chromium.open(file)
+        widths = "return [document.documentElement, document.querySelector('#dropped + .wide')].map(e => e.scrollWidth)"
+        page, table = chromium.script(widths)
+        assert page <= 390 and table <= 390 and chromium.console() == []
+
+
+@pytest.mark.slow
 def test_a_run_that_has_only_begun_and_a_folder_that_is_none(runs, tmp_path):
     begun = tmp_path / "begun"
     begun.mkdir()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fdiff import config as cfg
-from fdiff import federator
+from fdiff import federation, federator
+from fdiff.comm import SoloCommunicator
 from fdiff.errors import UserError
 from fdiff.federator import Federator, append_jsonl, write_atomically
 from fdiff.pictures import save_grid
@@ -41,14 +42,29 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path, precious, name):
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(precious)
-    federation = books(run)
-    federation.open(resume=True)
-    federation.begin(0, {})
-    federation.record(row(1), [])
-    federation.sync()
-    federation.close()
+    kept = books(run)
+    kept.open(resume=True)
+    kept.begin(0, {})
+    kept.record(row(1), [])
+    kept.sync()
+    kept.close()
     assert precious.read_text() == "{}" and (run / "rounds.jsonl").read_text().count("\n") == 1
     assert all(not f.is_symlink() for f in run.iterdir() if f.name != ".config.yaml")
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"job": "slurm 7"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000])
+def test_a_damaged_setting_is_no_leave_to_go_on_in_a_folder(tmp_path, monkeypatch, damage):
+    """What torchrun or Slurm starts again goes on only where it is sure to have been before."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    config = cfg.Config(run=cfg.RunConfig(dir=str(tmp_path)))
+    (tmp_path / "setting.json").write_text('{"job": "slurm 7"}')
+    assert Federator(config).was_started_again()
+    (tmp_path / "setting.json").write_bytes(damage)
+    assert not Federator(config).was_started_again()
+    with pytest.raises(UserError, match="exists already; choose another, or pass --resume"):
+        federation.run(config, SoloCommunicator(), torch.device("cpu"))
+    assert (tmp_path / "setting.json").read_bytes() == damage
 
 
 def test_a_log_that_becomes_a_link_is_not_appended_to(tmp_path, precious):

@@ -8,15 +8,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from faults import plants
 from faults.processes import Job
 from faults.runs import LOADING, logged, rounds_there, train
+from jobs import arrays
 from launching import wait_for
 
-from fdiff import signals
+from fdiff import hosting, signals
 from fdiff.errors import Interrupted
 from fdiff.signals import ECHO_S, Stop
+from fdiff.snapshot import open_checkpoint
 
 
 @pytest.fixture
@@ -82,6 +86,46 @@ def test_ctrl_c_commits_the_last_complete_round(tmp_path, ranks):
     complete = logged(tmp_path / "run")[-1]["round"]
     assert rounds_there(tmp_path / "run") == [complete]
     assert len(job.errors()) == 1 and f"stopped by SIGINT; round {complete} is committed" in job.errors()[0]
+
+
+def drop_one(rank: int) -> None:
+    plants.fail_client("exception", (1,), 2, rank)
+
+
+def drop_one_and_stop(last_step: int, rank: int) -> None:
+    drop_one(rank)
+    plants.stop_in_round(3, last_step, 0, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "method", "reduction"), [(1, "udec", "fast"), (2, "usplit", "fast"), (4, "full", "ordered")]
+)
+def test_a_checkpoint_of_a_signal_is_what_a_saved_round_is(tmp_path, ranks, method, reduction):
+    """With the mean of the moving averages as they were, though clients have trained on; one was dropped before."""
+    flags = ("--optim.ema", 0.9, "--federation.on_client_failure", "drop", "--runtime.reduction", reduction)
+    saved = Job(train("saved", method, 2, *flags), ranks, tmp_path, drop_one)
+    stopped = Job(train("stopped", method, 9, *flags, *ROUNDS), ranks, tmp_path, partial(drop_one_and_stop, 8 // ranks))
+    assert saved.wait(60) and set(saved.statuses()) == {0}, saved.said()
+    assert stopped.wait(60) and set(stopped.statuses()) == {128 + signal.SIGTERM}, stopped.said()
+    assert rounds_there(tmp_path / "stopped") == [2] and set(logged(tmp_path / "stopped")[1]["dropped"]) == {"1"}
+    expected, found = (arrays(tmp_path / run, 2) for run in ("saved", "stopped"))
+    assert "global/ema/decoder" in expected and found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert open_checkpoint(tmp_path / "stopped").has_ema
+
+
+def stop_and_fail_to_average(rank: int) -> None:
+    plants.stop_in_round(2, 1, 0, rank)
+    if rank == 1:
+        hosting.Host.shared_range = lambda *_: torch.empty(2**60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_average_when_a_signal_comes_is_heard_on_all(tmp_path):
+    job = Job(train("run", "full", 9, "--optim.ema", 0.9, *ROUNDS), 2, tmp_path, stop_and_fail_to_average)
+    assert job.wait(30) and job.statuses() == [1, 1], job.said()
+    assert len(job.errors()) == 1 and "error: moving average: RuntimeError" in job.errors()[0]
 
 
 @pytest.mark.slow

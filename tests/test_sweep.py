@@ -78,6 +78,7 @@ def test_the_files_that_ship_are_sound(path, tmp_path):
         ({"grid": {"data.partiton": ["iid"]}}, "data.partiton: no such field"),
         ({"score": {"n": 5}}, "score: {'n': 5} is not valid; it may have images"),
         ({"score": {"rounds": [9]}}, "score.rounds: 9 is beyond the 2 rounds"),
+        ({"grid": {"run.checkpoint_every": [1, 3]}}, "score.rounds: 1 has no checkpoint in checkpoint_every-3"),
         ({"score": {"rounds": 2}}, "score.rounds: 2 is not valid; it must be a list of rounds"),
         ({"score": {"rounds": [0]}}, "score.rounds: [0] is not valid"),
         ({"score": {"images": "lots"}}, "score.images: 'lots' is not valid; it must be a whole number"),
@@ -94,6 +95,13 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, more, expec
     with pytest.raises(UserError, match="(?s)") as refused:
         read(sweep_file(tmp_path, **more), tmp_path, ALONE)
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_rounds_that_are_saved_can_be_scored(tmp_path):
+    """Of two rounds the second is saved though it is no multiple of three: it is the last."""
+    fields = {**TINY, "run": {"checkpoint_every": 3}}
+    sweep = read(sweep_file(tmp_path, fields=fields, score={"rounds": [2]}), tmp_path, ALONE)
+    assert sweep.rounds(sweep.cells[0]) == (2,)
 
 
 def test_a_name_that_does_not_exist_is_answered_with_those_that_do():

@@ -40,6 +40,11 @@ class Run:
         phases = list(self.rounds[-1]["seconds"]) if self.rounds else []
         return {phase: sum(r["seconds"].get(phase, 0.0) for r in self.rounds) for phase in phases}
 
+    @property
+    def dropped(self) -> list[tuple[int, int, str]]:
+        """(round, client, why) where a round went on without a client whose training had failed."""
+        return [(r["round"], int(client), why) for r in self.rounds for client, why in r.get("dropped", {}).items()]
+
     def by_client(self, name: str) -> dict[int, list[tuple[int, float]]]:
         """(round, value) of a column of the clients' log, by client."""
         found: dict[int, list[tuple[int, float]]] = {}

@@ -14,7 +14,7 @@ not the file's: it comes with the call, and is the same for all runs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,22 @@ def _cell(file: Path, base: Mapping[str, Any], point: Mapping[str, Any], score: 
         _lay_over(file, values, {group: {name: value}} if group else {name: value})
     name = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in point.items())
     config = from_dict(values)
-    if score.rounds and max(score.rounds) > config.federation.rounds:
-        raise UserError(
-            f"{file}: score.rounds: {max(score.rounds)} is beyond the {config.federation.rounds} rounds of {name}"
-        )
+    _check_scored(file, name, config, score.rounds)
     score.sampling(config)  # better refused now than when the training is done
     kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
     return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)), point)
+
+
+def _check_scored(file: Path, name: str, config: Config, rounds: Sequence[int]) -> None:
+    """UserError unless there will be a checkpoint of each of these rounds."""
+    last = config.federation.rounds
+    if rounds and max(rounds) > last:
+        raise UserError(f"{file}: score.rounds: {max(rounds)} is beyond the {last} rounds of {name}")
+    if unsaved := [round for round in rounds if not config.saves(round)]:
+        raise UserError(
+            f"{file}: score.rounds: {unsaved[0]} has no checkpoint in {name}, whose run.checkpoint_every is "
+            f"{config.run.checkpoint_every}; it must be a multiple of that, or the last round"
+        )
 
 
 def _lay_over(file: Path, values: dict[str, Any], fields: Any) -> None:
