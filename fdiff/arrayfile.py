@@ -6,7 +6,7 @@ that of HDF5 1.8, whose structures have checksums, so that the library itself no
 A file may come from anywhere: what it claims is held against its size before memory is taken for it.
 
 The library makes and reads the structure; the arrays' bytes go past it, in pieces, to and from where it put them: it
-would keep every other thread of the process from running meanwhile.
+would keep every other thread of the process from running meanwhile. Large arrays begin at whole blocks: see `directio`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +24,19 @@ import h5py
 import numpy as np
 from blake3 import blake3
 
+from fdiff import directio
+from fdiff.directio import BLOCK_BYTES, PIECE_BYTES, Disk
 from fdiff.errors import UserError
 
 VERSION = 2
 _TYPES = frozenset(np.dtype(name) for name in ("float32", "float64", "int64", "uint8"))
 _FORMAT = ("v108", "v108")
 _MAX_JSON_BYTES = 64 * 2**20
-_PIECE_BYTES = 2**23
+_ALIGNED = {"alignment_threshold": 2**16, "alignment_interval": BLOCK_BYTES}
 _ADVICE = "use another checkpoint"
 
 Arrays = Mapping[str, np.ndarray]
+Header = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 
 class Damaged(UserError):
@@ -52,65 +55,53 @@ class Examined:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, arrays: Arrays, header: Mapping[str, Any]) -> str:
+def write_file(path: Path, arrays: Arrays, header: Header) -> str:
     """Write arrays and a JSON header to a new file, readable by its owner alone; sync, read back, then rename.
 
     The file appears under `path` only when what was read back equals what was written. Returns its digest: the
     BLAKE3 of the manifest, which holds the BLAKE3 of every dataset. OSError if the disk is full or read-only.
+    A header that is a function is called when the arrays are written.
     """
     temporary = path.with_name(path.name + ".part")
-    arrays = {**arrays, "header": _json_bytes({**header, "version": VERSION})}
-    checksums = {name: checksum(array) for name, array in arrays.items()}
-    manifest = _json_bytes(
-        {n: {"shape": list(a.shape), "dtype": a.dtype.name, "blake3": checksums[n]} for n, a in arrays.items()}
-    )
-    digest = checksum(manifest)
     try:
-        _write(temporary, {**arrays, "manifest": manifest}, {**checksums, "manifest": digest})
-        if problems := examine(temporary, digest).problems:
+        digest = _write(temporary, arrays, header)
+        if problems := examine(temporary, digest, from_disk=True).problems:
             raise OSError(f"what was read back is not what was written: {problems[0]}")
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if error.errno:  # HDF5's own message is long, and says no more
+        if isinstance(error, OSError) and error.errno:  # HDF5's own message is long, and says no more
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
     return digest
 
 
-def _write(path: Path, arrays: Arrays, checksums: Mapping[str, str]) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with h5py.File(path, "w", locking=False, libver=_FORMAT) as file:
-            offsets = {name: _reserve(file, name, array, checksums[name]) for name, array in arrays.items()}
-        for name, array in arrays.items():
-            for start, piece in _pieces(_bytes(array)):
-                _write_at(descriptor, piece, offsets[name] + start)
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk and not from memory
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def _write(path: Path, arrays: Arrays, header: Header) -> str:
+    """Write and sync a file; returns its digest. The checksums are made of what passes on its way to the disk."""
+    with directio.opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as disk:
+        with h5py.File(path, "w", locking=False, libver=_FORMAT, **_ALIGNED) as file:
+            manifest = {name: _put(file, disk, name, array) for name, array in arrays.items()}
+            said = header() if callable(header) else header
+            manifest["header"] = _put(file, disk, "header", _json_bytes({**said, "version": VERSION}))
+            digest = _put(file, disk, "manifest", _json_bytes(manifest))["blake3"]
+        disk.sync()
+    return str(digest)
 
 
-def _reserve(file: h5py.File, name: str, array: np.ndarray, recorded: str) -> int:
-    """Make a dataset without its values; where in the file their bytes belong."""
+def _put(file: h5py.File, disk: Disk, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Add a dataset, and its values past the library; what the manifest says of it."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     dataset = file.create_dataset(name, array.shape, array.dtype, dcpl=plist)
-    dataset.attrs["blake3"] = np.bytes_(recorded)
     if array.ndim == 0:  # h5py gives a scalar no place before its value
         dataset[()] = array
-    return dataset.id.get_offset() or 0  # an empty dataset has none at all
-
-
-def _write_at(descriptor: int, piece: np.ndarray, offset: int) -> None:
-    while len(piece):
-        written = os.pwrite(descriptor, piece, offset)
-        piece, offset = piece[written:], offset + written
+    hasher = blake3()
+    disk.write(_bytes(array), dataset.id.get_offset() or 0, hasher.update)  # an empty dataset has no place at all
+    dataset.attrs["blake3"] = np.bytes_(hasher.hexdigest())
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": hasher.hexdigest()}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -128,18 +119,22 @@ def read_file(path: Path, digest: str | None = None) -> tuple[dict[str, np.ndarr
     return arrays, header
 
 
-def examine(path: Path, digest: str | None = None) -> Examined:
-    """Read all of a file and keep nothing of it; never raises Damaged, but says what is sound and what is not."""
+def examine(path: Path, digest: str | None = None, from_disk: bool = False) -> Examined:
+    """Read all of a file and keep nothing of it; never raises Damaged, but says what is sound and what is not.
+
+    `from_disk`: its values are read past the cache, where that can be.
+    """
     found = Examined()
     try:
-        with _reading(path) as file:
+        with _reading(path) as file, _disk(path, file, from_disk) as disk:
             manifest = _manifest(file, digest)
             found.header.update(_header(file, manifest))
             for name, expected in manifest.items():
                 try:
                     with _reporting(path):
                         dataset = _claimed(file, name, expected)
-                        _verify(file, name, dataset, expected, into=None)
+                        pieces = disk.read(dataset.id.get_offset() or 0, dataset.nbytes)
+                        _verify(file, name, dataset, expected, pieces)
                     found.datasets[name] = (dataset.shape, dataset.dtype.name)
                 except Damaged as error:
                     found.problems.append(str(error))
@@ -152,6 +147,15 @@ def read_digest(path: Path) -> str:
     """The digest of a file that `write_file` has verified, without reading its arrays again."""
     with _reading(path) as file:
         return checksum(_dataset(file, "manifest", None))
+
+
+@contextmanager
+def _disk(path: Path, file: h5py.File, from_disk: bool) -> Iterator[Disk]:
+    if from_disk:
+        with directio.opened(path, os.O_RDONLY) as disk:
+            yield disk
+    else:
+        yield Disk(file.id.get_vfd_handle())
 
 
 @contextmanager
@@ -226,8 +230,16 @@ def _dataset(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> 
     """A dataset, and not before all that it claims has been checked."""
     dataset = _claimed(file, name, expected)
     array = np.empty(dataset.shape, dataset.dtype)
-    _verify(file, name, dataset, expected, into=_bytes(array))
+    _verify(file, name, dataset, expected, _fill(_bytes(array), file, dataset))
     return array
+
+
+def _fill(memory: np.ndarray, file: h5py.File, dataset: h5py.Dataset) -> Iterator[np.ndarray]:
+    """Read a dataset's bytes into memory (bytes,), by pieces."""
+    descriptor, offset = file.id.get_vfd_handle(), dataset.id.get_offset() or 0
+    for start in range(0, len(memory), PIECE_BYTES):
+        piece = memory[start : start + PIECE_BYTES]
+        yield piece[: os.preadv(descriptor, [piece], offset + start)]
 
 
 def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> h5py.Dataset:
@@ -244,17 +256,15 @@ def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> 
 
 
 def _verify(
-    file: h5py.File, name: str, dataset: h5py.Dataset, expected: Mapping[str, Any] | None, into: np.ndarray | None
+    file: h5py.File, name: str, dataset: h5py.Dataset, expected: Mapping[str, Any] | None, pieces: Iterable[np.ndarray]
 ) -> None:
-    """Read a dataset's bytes, `into` memory (bytes,) if they are wanted, and hold them against both checksums."""
-    recorded, hasher = _recorded(dataset), blake3()
-    descriptor, offset = file.id.get_vfd_handle(), dataset.id.get_offset() or 0
-    memory = np.empty(min(dataset.nbytes, _PIECE_BYTES), np.uint8) if into is None else into
-    for start in range(0, dataset.nbytes, _PIECE_BYTES):
-        piece = memory[: dataset.nbytes - start] if into is None else memory[start : start + _PIECE_BYTES]
-        if os.preadv(descriptor, [piece], offset + start) != len(piece):
-            raise Damaged(f"{file.filename}: ends within {name}; {_ADVICE}")
+    """Hold a dataset's bytes against their number and both checksums."""
+    recorded, hasher, held = _recorded(dataset), blake3(), 0
+    for piece in pieces:
         hasher.update(piece)
+        held += len(piece)
+    if held != dataset.nbytes:
+        raise Damaged(f"{file.filename}: ends within {name}; {_ADVICE}")
     if hasher.hexdigest() != recorded or (expected is not None and expected["blake3"] != recorded):
         raise Damaged(f"{file.filename}: the checksum of {name} does not match its bytes; {_ADVICE}")
 
@@ -301,10 +311,6 @@ def checksum(array: np.ndarray) -> str:
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _pieces(data: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    return ((start, data[start : start + _PIECE_BYTES]) for start in range(0, len(data), _PIECE_BYTES))
 
 
 def _one_line(error: Exception) -> str:

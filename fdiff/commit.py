@@ -77,10 +77,12 @@ class Committer:
     def _commit(
         self, target: Path, round: int, arrays: Arrays, header: Mapping[str, Any], first: Callable[[], object]
     ) -> None:
+        def listing_clients() -> dict[str, Any]:
+            self._await_files(target, round)
+            return {**header, "clients": {f: arrayfile.read_digest(target / f) for f in self._files}}
+
         target.mkdir(parents=True, exist_ok=True)
-        self._await_files(target, round)
-        digests = {f: arrayfile.read_digest(target / f) for f in self._files}
-        arrayfile.write_file(target / checkpoint.GLOBAL, arrays, {**header, "clients": digests})
+        arrayfile.write_file(target / checkpoint.GLOBAL, arrays, listing_clients)
         first()
         checkpoint.commit(target, self._run_dir, round, self._keep)
 

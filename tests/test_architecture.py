@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fdiff"
 
 # A module imports from lower layers only; those of one name share their layer and may import each other.
 LAYERS = [
-    {"errors", "__init__"},
+    {"errors", "directio", "__init__"},
     {"config", "seeds", "launcher", "partition", "unet", "noise", "arrayfile", "capture"},
     {"diffusion", "device", "signals", "plan", "schedule", "buckets", "pictures", "scores", "overlay", "submission"},
     {"comm"},
@@ -32,12 +32,14 @@ LAYERS = [
 # What the core may know of the rest, name by name: process, data and diffusion stay apart.
 MAY_IMPORT = {
     "aggregate": {"comm", "plan"},
+    "arrayfile": {"directio", "errors"},
     "buckets": {"errors"},
     "capture": set(),
     "checkpoint": {"arrayfile", "buckets"},
     "client": {"buckets", "capture", "config", "data", "diffusion", "errors", "plan", "seeds", "unet"},
     "comm": {"config", "errors", "launcher", "schedule"},
     "data": {"config", "device", "errors"},
+    "directio": set(),
     "diffusion": {"capture", "config", "noise"},
     "federator": {"checkpoint", "config", "errors", "launcher", "pictures"},
     "partition": {"errors"},
