@@ -78,6 +78,7 @@ class MpiCommunicator(Collectives):
         mine = [s for s in sums if len(s.ranks) > 1 and self.rank in s.ranks]
         if not mine:
             return
+        self.ledger.count(0)  # who only receives has to have a purpose too, or it would wait for those that have none
         what = "all-reduce" if any(len(s.reporters) > 1 for s in mine) else "broadcast"
         members = tuple(sorted({r for s in mine for r in s.ranks}))
         with ExitStack() as stages, self._control.naming_errors(what):

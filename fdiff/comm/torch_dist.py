@@ -73,6 +73,7 @@ class TorchCommunicator(Collectives):
         mine = [s for s in sums if len(s.ranks) > 1 and self.rank in s.ranks]
         if not mine:
             return
+        self.ledger.count(0)  # who only receives has to have a purpose too, or it would wait for those that have none
         what = "all-reduce" if any(len(s.reporters) > 1 for s in mine) else "broadcast"
         with ExitStack() as stages:
             here = [replace(s, tensor=stages.enter_context(self._on_host(s.tensor))) for s in mine]

@@ -53,7 +53,6 @@ class Transfers:
 
         `post(sends, tensor, rank)` starts to send or to receive, `wait` sees what was started end.
         """
-        self._ledger.count(0)  # who only receives has to have a purpose too, or it would wait for those that have none
         self._readers, self._read = set[int](), set[int]()
         for blocks in zip_longest(*(_blocks(s) for s in sums)):
             here = [b for b in blocks if b is not None]
