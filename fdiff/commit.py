@@ -21,7 +21,7 @@ from fdiff.errors import RunError
 
 Arrays = Mapping[str, np.ndarray]
 POLL_S = 0.01
-FILES_AT_ONCE = 3
+FILES_AT_ONCE = 4
 VISIBLE_S = 120.0  # how long a file system may take to show one node what another has written
 GRACE_S = 1.5  # how long a run that fails waits for a commit under way
 STOPPING_S = 0.5  # and for one that was told to stop
