@@ -1,6 +1,6 @@
 """The short fault suite: nothing is lost, nothing hangs, nothing damaged is loaded. See faults/__main__.py.
 
-Two faults at a time, because most of the time each of them waits. And the suite itself: what it would miss.
+Three faults at a time, because most of the time each of them waits. And the suite itself: what it would miss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_ONCE = tuple(name for name in FAULTS if name not in IN_TURN)
 @pytest.fixture(scope="module")
 def injected():
     """Each fault's row to come."""
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(3) as threads:
         able = [name for name in AT_ONCE if FAULTS[name].needs() is None]
         yield {name: threads.submit(run, name, FAULTS[name].short) for name in able}
         threads.shutdown(cancel_futures=True)
