@@ -97,7 +97,7 @@ class Transfers:
             for source, (start, stop) in phase.receives:
                 piece = one.tensor[start:stop]
                 target = next(terms) if phase.adds else piece
-                note = source in self._neighbours and self._neighbours.place(piece) is not None
+                note = self._place(piece, source) is not None
                 every[-1].append(
                     _Arrival(source, piece, torch.empty(PLACE, dtype=torch.int64) if note else target, note)
                 )
@@ -105,11 +105,14 @@ class Transfers:
 
     def _message(self, piece: Tensor, to: int) -> Tensor:
         """The piece, or where a neighbour finds it."""
-        place = self._neighbours.place(piece) if to in self._neighbours else None
-        if place is None:
+        if (place := self._place(piece, to)) is None:
             return piece
         self._readers.add(to)
         return torch.tensor(place)
+
+    def _place(self, piece: Tensor, rank: int) -> list[int] | None:
+        """Where the two ranks that exchange a piece find theirs in each other's memory; None if it is sent."""
+        return self._neighbours.place(piece) if rank in self._neighbours else None
 
     def _arrived(self, arrival: _Arrival) -> Tensor:
         if not arrival.note:
