@@ -11,12 +11,15 @@ from faults import plants
 from faults.ledger import Row
 from faults.processes import Job
 from faults.runs import METHODS, equal, logged, rounds_there, train
+from fdiff.config import Config
+from fdiff.plan import host_of, plan_round
 
 RANKS = (4, 2, 1, 4)  # each but the last is stopped
 STOPS = len(RANKS) - 1
 FIRST = 8  # the first stop of a run is after one of so many rounds
 LAST = FIRST + STOPS
-KEEPING = ("--optim.ema", 0.9, "--federation.keep_optimizer", "true", "--federation.fraction", 0.75)
+CLIENTS, FRACTION = 4, 0.75
+KEEPING = ("--optim.ema", 0.9, "--federation.keep_optimizer", "true", "--federation.fraction", FRACTION)
 
 
 def resumes(row: Row, cases: range, folder: Path) -> None:
@@ -33,12 +36,19 @@ def first_stop(i: int) -> int:
     return 1 + (i // 4 + 2 * (i % 4)) % FIRST
 
 
+def training(method: str, round: int, ranks: int) -> list[int]:
+    """The ranks that train in a round: only there a step can be the last."""
+    plan = plan_round(method, CLIENTS, round, Config().run.seed, FRACTION)
+    return sorted({host_of(client, CLIENTS, ranks) for client in plan.selected})
+
+
 def _one_run(row: Row, folder: Path, name: str, method: str, first: int, chance: random.Random) -> None:
     run = folder / name
     for leg, ranks in enumerate(RANKS):
         stop, goal = first + leg, LAST if leg == STOPS else 10_000
         arguments = train(name, method, goal, *KEEPING, "--run.checkpoint_every", 4, resume=leg > 0)
-        fault = partial(plants.stop_in_round, stop + 1, 1 + chance.randrange(2), chance.randrange(ranks))
+        victim = chance.choice(training(method, stop + 1, ranks))
+        fault = partial(plants.stop_in_round, stop + 1, 1 + chance.randrange(2), victim)
         job = Job(arguments, ranks, folder, fault if leg < STOPS else None)
         ended = job.wait(120)
         status, there = (0, LAST) if leg == STOPS else (128 + signal.SIGTERM, stop)
