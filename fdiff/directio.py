@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,6 @@ import numpy as np
 
 BLOCK_BYTES = 4096  # what disks and file systems ask for, or a multiple of it
 PIECE_BYTES = 2**21  # as much as a core keeps near: a piece is copied, hashed and fetched by the disk in turn
-# Held while bytes are copied or hashed: files that are written side by side then take one core from the training, and
-# not as many as there are files, while the disk serves the others.
-COMPUTING = threading.Lock()
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -37,10 +33,9 @@ class Disk:
         for start in range(0, len(data), PIECE_BYTES):
             piece, at = data[start : start + PIECE_BYTES], offset + start
             blocks = self._buffer[: whole_blocks(at, len(piece))]
-            with COMPUTING:
-                blocks[:] = piece[: len(blocks)]
-                heed(blocks)
-                heed(piece[len(blocks) :])
+            blocks[:] = piece[: len(blocks)]
+            heed(blocks)
+            heed(piece[len(blocks) :])
             self._write_blocks(blocks, at)
             _write(self._plain, piece[len(blocks) :], at + len(blocks))
 
