@@ -189,7 +189,7 @@ def averages_of_many_clients(comm: Communicator) -> None:
 
 @case
 def several_sums_at_once(comm: Communicator) -> None:
-    """Reporters, receivers and those who are neither, in blocks smaller than a tensor, each to the byte."""
+    """Reporters, receivers and those who are neither, in chunks smaller than a tensor, each to the byte."""
     check_several_sums(comm, lambda values: values)
 
 
@@ -213,7 +213,7 @@ def several_sums_in_memory_that_ranks_share(comm: Communicator) -> None:
 
 
 def check_several_sums(comm: Communicator, placed: Callable[[Tensor], Tensor]) -> None:
-    whole, transfers.BLOCK_BYTES = transfers.BLOCK_BYTES, 404
+    whole, transfers.CHUNK_BYTES = transfers.CHUNK_BYTES, 44
     wanted = [((0, 1), (2, 3)), ((3,), (0, 1, 2)), ((0, 2, 3), (1,)), ((1, 2), ()), (EVERYBODY, ()), ((1,), (0, 3))]
     comm.ledger.take()
     try:
@@ -221,7 +221,7 @@ def check_several_sums(comm: Communicator, placed: Callable[[Tensor], Tensor]) -
         with comm.ledger.purpose("parameters"):
             comm.combine([Sum(t, *ranks) for t, ranks in zip(tensors, wanted, strict=True)])
     finally:
-        transfers.BLOCK_BYTES = whole
+        transfers.CHUNK_BYTES = whole
     for tensor, (reporters, receivers) in zip(tensors, wanted, strict=True):
         factor = sum(r + 1 for r in reporters) if comm.rank in reporters + receivers else comm.rank + 1
         assert torch.equal(tensor, ramp(len(tensor)) * factor), (reporters, receivers)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fdiff.config import preset
 from fdiff.forecast import GOODPUT, forecast, seconds, sizes_of
 from fdiff.plan import SHARED_PARTS, plan_round
-from fdiff.schedule import PHASES, loads, phases
+from fdiff.schedule import PHASES, Hop, hops, loads
 
 sizes = st.integers(0, 200)
 
@@ -23,36 +23,75 @@ def groups(draw) -> tuple[list[int], list[int]]:
     return [i for i, k in enumerate(kinds) if k == "r"], [i for i, k in enumerate(kinds) if k == "m"]
 
 
-def count(spans) -> int:
-    return sum(stop - start for _, (start, stop) in spans)
+def shares_of(size: int, those: tuple[list[int], list[int]]) -> dict[int, list[list[Hop]]]:
+    return {rank: hops(size, *those, rank) for rank in range(9)}
 
 
 @given(sizes, groups())
-def test_what_one_sends_the_other_receives_in_the_same_phase(size, those):
-    shares = {rank: phases(size, *those, rank) for rank in range(9)}
-    for at in range(PHASES):
-        sent = sorted((a, b, span) for a, share in shares.items() for b, span in share[at].sends)
-        received = sorted((a, b, span) for b, share in shares.items() for a, span in share[at].receives)
-        assert sent == received
+def test_what_one_sends_in_a_step_the_other_expects_in_the_next_in_the_same_order(size, those):
+    shares = shares_of(size, those)
+    for a, sender in shares.items():
+        for b, receiver in shares.items():
+            sent = [[hop.span for hop in step if b in hop.to] for step in sender] + [[]] * 20
+            got = [[hop.span for hop in step if hop.source == a] for step in receiver] + [[]] * 20
+            assert [[], *sent[:19]] == got[:20], (a, b)
 
 
 @given(sizes, groups())
-def test_every_element_is_owned_once_and_the_bytes_are_the_closed_form(size, those):
+def test_following_the_hops_sums_over_all_reporters_and_delivers_to_all_receivers(size, those):
+    """A rank's tensor is the set of ranks whose share is in it: none may be counted twice."""
     reporters, receivers = those
-    shares = [phases(size, *those, rank) for rank in range(9)]
-    owned = sorted(share[0].owns for share in shares if share[0].owns is not None)
-    assert [e for start, stop in owned for e in range(start, stop)] == list(range(size))
-    total = sum(count(phase.sends) for share in shares for phase in share)
+    shares = shares_of(size, those)
+    here = {rank: [frozenset({rank})] * size for rank in shares}
+    moving: dict[tuple[int, int, tuple[int, int]], list[frozenset[int]]] = {}
+    for step in range(20):
+        arrived, moving = moving, {}
+        for rank, share in shares.items():
+            for hop in share[step] if step < len(share) else ():
+                span = slice(*hop.span)
+                if hop.source is not None:
+                    term = arrived.pop((hop.source, rank, hop.span))
+                    mine = here[rank][span] if hop.adds else [frozenset()] * len(term)
+                    assert not any(a & b for a, b in zip(term, mine, strict=True))
+                    here[rank][span] = [a | b for a, b in zip(term, mine, strict=True)]
+                for to in hop.to:
+                    moving[rank, to, hop.span] = here[rank][span]
+        assert not arrived
+    for rank, terms in here.items():
+        whole = set(reporters) if rank in reporters + receivers else {rank}
+        assert all(term == whole for term in terms)
+
+
+@given(sizes, groups())
+def test_the_bytes_are_the_closed_form(size, those):
+    reporters, receivers = those
+    total = sum(
+        (stop - start) * len(hop.to)
+        for share in shares_of(size, those).values()
+        for step in share
+        for hop in step
+        for start, stop in [hop.span]
+    )
     assert total == (2 * (len(reporters) - 1) + len(receivers)) * size
 
 
 @given(sizes, groups())
-def test_loads_are_what_the_phases_add_up_to(size, those):
+def test_loads_are_what_the_hops_add_up_to(size, those):
+    reporters, receivers = those
     found = loads(size, *those)
-    assert set(found) == set(those[0]) | set(those[1])
-    for rank, load in found.items():
-        share = phases(size, *those, rank)
-        assert load == [(count(phase.sends), count(phase.receives)) for phase in share]
+    assert set(found) == set(reporters) | set(receivers)
+    ring = len(reporters)
+    for rank, share in shares_of(size, those).items():
+        load = [[0, 0] for _ in range(PHASES)]
+        for step, here in enumerate(share):
+            # What is sent in a step arrives in the next: a rank spreads its sum as soon as it is complete.
+            reports = rank in reporters
+            sending, receiving = (step >= ring - 1, step >= ring) if reports else (2, 1 + (step > ring))
+            for hop in here:
+                elements = hop.span[1] - hop.span[0]
+                load[sending][0] += elements * len(hop.to)
+                load[receiving][1] += elements if hop.source is not None else 0
+        assert rank not in found or [tuple(pair) for pair in load] == found[rank]
 
 
 # --- time ----------------------------------------------------------------------------------------------------------

@@ -1,153 +1,186 @@
 """Sums over ranks from sends and receives alone, as `schedule` has them: any subset of ranks, and no group to set up.
 
-What a rank adds up comes in rank order, so a sum has the same bits in every repetition, and each element is summed on
-one rank, so it has the same bits everywhere. Between neighbours whose tensors both lie in memory that they show each
-other a message says where the piece is, and the receiver reads it there; when all is done it says so, and only then may
-the sender write there again.
+Each element is added up along one ring that ends at one rank, so a sum has the same bits in every repetition and on
+every rank. What is sent goes in chunks: while one is added the next is on its way. Between neighbours whose tensors
+both lie in memory that they show each other a message says where the whole piece is, and the receiver reads it there;
+when all is done it says so, and only then may the sender write there again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum
 from fdiff.comm.neighbours import PLACE, Neighbours
-from fdiff.schedule import PHASES, Phase, phases
+from fdiff.schedule import hops
 
-BLOCK_BYTES = 2**25  # a tensor goes in blocks of this size: that bounds the memory for what is to be added
+CHUNK_BYTES = 2**20
+AHEAD = 16  # chunks that a rank is ready to receive before it needs them
 
-Handle = TypeVar("Handle")
+Post = Callable[[bool, Tensor, int], Any]
+Wait = Callable[[Sequence[Any]], object]
+
+
+@dataclass
+class _Move:
+    """What a rank does with a piece: see `schedule.Hop`. From step `vacant` on the piece may be written over."""
+
+    step: int
+    piece: Tensor
+    source: int | None
+    adds: bool
+    to: tuple[int, ...]
+    weight: float
+    vacant: int
 
 
 @dataclass
 class _Arrival:
-    """A piece on its way: `target` is what the message goes to; `note` if that only says where the piece is."""
+    """A piece or a chunk on its way: `target` is what the message goes to, itself or a note that says where to read."""
 
-    source: int
-    piece: Tensor
+    chunk: Tensor
     target: Tensor
     note: bool
-    handle: Any = None
+    handle: Any
 
 
 class Transfers:
-    """One rank's part in sums; `room` is memory for what it receives and has to add, kept and grown."""
+    """One rank's part in sums; `room` is memory for chunks that are to be added, kept."""
 
     def __init__(self, rank: int, ledger: Ledger, neighbours: Neighbours) -> None:
         self._rank, self._ledger, self._neighbours = rank, ledger, neighbours
         self._room = torch.empty(0)
 
-    def carry_out(
-        self,
-        sums: Sequence[Sum],
-        post: Callable[[bool, Tensor, int], Handle],
-        wait: Callable[[Sequence[Handle]], object],
-    ) -> None:
+    def carry_out(self, sums: Sequence[Sum], post: Post, wait: Wait) -> None:
         """All sums at once, so that those that only receive one report another meanwhile.
 
-        `post(sends, tensor, rank)` starts to send or to receive, `wait` sees what was started end.
+        `post(sends, tensor, rank)` starts to send or to receive, `wait` sees what was started end, once.
         """
+        self._post, self._wait = post, wait
+        self._leaving: dict[int, list[Any]] = {}  # sends of chunks, by address
+        self._notes: list[tuple[Any, Tensor]] = []  # sends of notes, which live as long
         self._readers, self._read = set[int](), set[int]()
-        for blocks in zip_longest(*(_blocks(s) for s in sums)):
-            here = [b for b in blocks if b is not None]
-            shares = [phases(b.tensor.numel(), b.reporters, b.receivers, self._rank) for b in here]
-            for at in range(PHASES):
-                self._phase([(b, share[at]) for b, share in zip(here, shares, strict=True)], post, wait)
-        self._release(post, wait)
+        moves = self._moves(sums)
+        coming = deque((move, chunk) for move in moves for chunk in self._arriving(move))
+        expected: deque[_Arrival] = deque()
+        slots = cycle(self._slots(sums[0].tensor))
 
-    def _phase(self, shares: Sequence[tuple[Sum, Phase]], post: Any, wait: Any) -> None:
-        expected = self._expected(shares)
-        for arrivals in expected:
-            for arrival in arrivals:
-                arrival.handle = post(False, arrival.target, arrival.source)
-        departures = []
-        for one, phase in shares:
-            for to, (start, stop) in phase.sends:
-                self._ledger.count((stop - start) * one.tensor.element_size())
-                message = self._message(one.tensor[start:stop], to)
-                departures.append((post(True, message, to), message))  # which has to live until it is sent
-        for one, phase in shares:
-            if phase.owns is not None:
-                _scale(one.tensor[slice(*phase.owns)], one.weight(self._rank))
-        for (one, phase), arrivals in zip(shares, expected, strict=True):
-            for arrival in arrivals:
-                wait([arrival.handle])
-                term = self._arrived(arrival)
-                if phase.adds:
-                    _add(arrival.piece, term, one.weight(arrival.source))
-                elif term is not arrival.piece:
-                    arrival.piece.copy_(term)
-        wait([handle for handle, _ in departures])
-        tensor = shares[0][0].tensor
-        if any(expected) and tensor.is_cuda:
-            torch.cuda.current_stream(tensor.device).synchronize()  # before the sums are sent
+        def look_ahead(step: int) -> None:
+            # Before this rank sends: over TCP the word that it is ready to receive would queue behind what it sends.
+            while coming and len(expected) < AHEAD and coming[0][0].vacant <= step:
+                expected.append(self._expect(*coming.popleft(), next(slots)))
 
-    def _expected(self, shares: Sequence[tuple[Sum, Phase]]) -> list[list[_Arrival]]:
-        """For each share what is to arrive, and the memory to which it goes."""
-        terms = self._terms(shares)
-        every: list[list[_Arrival]] = []
-        for one, phase in shares:
-            every.append([])
-            for source, (start, stop) in phase.receives:
-                piece = one.tensor[start:stop]
-                target = next(terms) if phase.adds else piece
-                note = self._place(piece, source) is not None
-                every[-1].append(
-                    _Arrival(source, piece, torch.empty(PLACE, dtype=torch.int64) if note else target, note)
-                )
-        return every
+        for move in moves:
+            look_ahead(move.step)
+            if move.source is None:
+                if move.weight != 1:
+                    move.piece.mul_(move.weight)
+                self._send(move, move.piece)
+            for _ in self._arriving(move):
+                look_ahead(move.step)
+                arrival = expected.popleft()
+                self._take(move, arrival)
+                self._send(move, arrival.chunk)
+            self._tell(move)
+        wait([handle for handles in self._leaving.values() for handle in handles])
+        wait([handle for handle, _ in self._notes])
+        self._release()
 
-    def _message(self, piece: Tensor, to: int) -> Tensor:
-        """The piece, or where a neighbour finds it."""
-        if (place := self._place(piece, to)) is None:
-            return piece
-        self._readers.add(to)
-        return torch.tensor(place)
+    def _moves(self, sums: Sequence[Sum]) -> list[_Move]:
+        """What this rank has to do, in the order in which all ranks have it."""
+        flat = [one.tensor.view(-1) for one in sums]
+        shares = [hops(t.numel(), one.reporters, one.receivers, self._rank) for one, t in zip(sums, flat, strict=True)]
+        moves = []
+        for step, at_once in enumerate(zip_longest(*shares, fillvalue=())):
+            for one, tensor, here in zip(sums, flat, at_once, strict=True):
+                reports = self._rank in one.reporters
+                weight = one.weight(self._rank) if reports else 1.0
+                # A reporter's own share is there until it has been added and sent, once round the ring before.
+                vacant = step - len(one.reporters) + 1 if reports else 0
+                for hop in here:
+                    piece = tensor[slice(*hop.span)]
+                    moves.append(_Move(step, piece, hop.source, hop.adds, hop.to, weight, 0 if hop.adds else vacant))
+        return moves
+
+    # --- receiving
+
+    def _arriving(self, move: _Move) -> Sequence[Tensor]:
+        """What of a piece arrives at once: a neighbour's is there when its note is."""
+        if move.source is None:
+            return ()
+        return _chunks(move.piece) if self._place(move.piece, move.source) is None else (move.piece,)
+
+    def _slots(self, like: Tensor) -> Sequence[Tensor]:
+        """Memory for chunks that are to be added, for as many as may be on their way."""
+        size = max(1, CHUNK_BYTES // like.element_size())
+        if (self._room.numel(), self._room.dtype, self._room.device) != (AHEAD * size, like.dtype, like.device):
+            self._room = torch.empty(AHEAD * size, dtype=like.dtype, device=like.device)
+        return self._room.split(size)
+
+    def _expect(self, move: _Move, chunk: Tensor, slot: Tensor) -> _Arrival:
+        """Be ready to receive a chunk: to be added from the slot, else in its place, as soon as what is there left."""
+        assert move.source is not None
+        for part in () if move.adds else _chunks(chunk):
+            self._wait(self._leaving.pop(part.data_ptr(), ()))
+        note = self._place(chunk, move.source) is not None
+        target = torch.empty(PLACE, dtype=torch.int64) if note else slot[: len(chunk)] if move.adds else chunk
+        return _Arrival(chunk, target, note, self._post(False, target, move.source))
+
+    def _take(self, move: _Move, arrival: _Arrival) -> None:
+        """Wait for it and put it in its place, or add what is there; whole numbers have no weights."""
+        self._wait([arrival.handle])
+        here, term = arrival.chunk, arrival.target
+        if arrival.note:
+            assert move.source is not None
+            self._read.add(move.source)
+            term = self._neighbours.view(move.source, arrival.target.tolist(), here)
+        if not move.adds:
+            if term is not here:
+                here.copy_(term)
+        elif move.weight == 1:
+            here.add_(term)
+        else:
+            torch.add(term, here, alpha=move.weight, out=here)
+        if here.is_cuda and move.adds:
+            torch.cuda.current_stream(here.device).synchronize()  # before the sum is sent
+
+    # --- sending
+
+    def _send(self, move: _Move, part: Tensor) -> None:
+        """Send what is here of a piece to those that are no neighbours."""
+        for to in move.to:
+            if self._place(move.piece, to) is None:
+                self._ledger.count(part.nbytes)
+                for chunk in _chunks(part):
+                    self._leaving.setdefault(chunk.data_ptr(), []).append(self._post(True, chunk, to))
+
+    def _tell(self, move: _Move) -> None:
+        """Tell neighbours where a piece is."""
+        for to in move.to:
+            if (place := self._place(move.piece, to)) is not None:
+                self._ledger.count(move.piece.nbytes)
+                self._readers.add(to)
+                note = torch.tensor(place)
+                self._notes.append((self._post(True, note, to), note))
+
+    def _release(self) -> None:
+        """Tell those whose memory was read that it was, and hear the same of one's own."""
+        words = {rank: torch.zeros(1, dtype=torch.int64) for rank in self._readers}
+        done = torch.ones(1, dtype=torch.int64)
+        heard = [self._post(False, word, rank) for rank, word in words.items()]
+        self._wait(heard + [self._post(True, done, rank) for rank in self._read])
 
     def _place(self, piece: Tensor, rank: int) -> list[int] | None:
         """Where the two ranks that exchange a piece find theirs in each other's memory; None if it is sent."""
         return self._neighbours.place(piece) if rank in self._neighbours else None
 
-    def _arrived(self, arrival: _Arrival) -> Tensor:
-        if not arrival.note:
-            return arrival.target
-        self._read.add(arrival.source)
-        return self._neighbours.view(arrival.source, arrival.target.tolist(), arrival.piece)
 
-    def _release(self, post: Any, wait: Any) -> None:
-        """Tell those whose memory was read that it was, and hear the same of one's own."""
-        words = {rank: torch.zeros(1, dtype=torch.int64) for rank in self._readers}
-        done = torch.ones(1, dtype=torch.int64)
-        heard = [post(False, word, rank) for rank, word in words.items()]
-        wait(heard + [post(True, done, rank) for rank in self._read])
-
-    def _terms(self, shares: Sequence[tuple[Sum, Phase]]) -> Iterator[Tensor]:
-        """Memory for each of the pieces that are to be added."""
-        sizes = [stop - start for _, phase in shares if phase.adds for _, (start, stop) in phase.receives]
-        like = shares[0][0].tensor
-        if self._room.numel() < sum(sizes) or (self._room.dtype, self._room.device) != (like.dtype, like.device):
-            self._room = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
-        return iter(self._room[: sum(sizes)].split(sizes))
-
-
-def _blocks(one: Sum) -> list[Sum]:
-    """The same sum, block by block; its tensor flat."""
-    flat = one.tensor.view(-1)
-    pieces = flat.split(max(1, BLOCK_BYTES // flat.element_size()))
-    return [replace(one, tensor=piece) for piece in pieces]
-
-
-def _scale(piece: Tensor, weight: float) -> None:
-    if weight != 1:
-        piece.mul_(weight)
-
-
-def _add(piece: Tensor, term: Tensor, weight: float) -> None:
-    """Of whole numbers only as they are: they have no weights."""
-    piece.add_(term) if weight == 1 else piece.add_(term, alpha=weight)
+def _chunks(piece: Tensor) -> Sequence[Tensor]:
+    return piece.split(max(1, CHUNK_BYTES // piece.element_size()))
