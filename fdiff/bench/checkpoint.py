@@ -109,7 +109,6 @@ def _stalls(
     federation: Federation, play: Callable[[], None], comm: Communicator, device: torch.device, commit_s: float
 ) -> list[float]:
     """By how many seconds a round is longer when the one before it is committed meanwhile."""
-    federation.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
 
     def committed() -> None:
         federation.commit()
@@ -119,6 +118,7 @@ def _stalls(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a GPU, whose host waits: with all cores busy it would show who shares them
     try:
+        federation.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
         taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
     finally:
         torch.set_num_threads(threads)
