@@ -82,6 +82,7 @@ class Transfers:
             if move.source is None:
                 if move.weight != 1:
                     move.piece.mul_(move.weight)
+                    _complete(move.piece)
                 self._send(move, move.piece)
             for _ in self._arriving(move):
                 look_ahead(move.step)
@@ -141,15 +142,15 @@ class Transfers:
             assert move.source is not None
             self._read.add(move.source)
             term = self._neighbours.view(move.source, arrival.target.tolist(), here)
+        if term is here:
+            return
         if not move.adds:
-            if term is not here:
-                here.copy_(term)
+            here.copy_(term)
         elif move.weight == 1:
             here.add_(term)
         else:
             torch.add(term, here, alpha=move.weight, out=here)
-        if here.is_cuda and move.adds:
-            torch.cuda.current_stream(here.device).synchronize()  # before the sum is sent
+        _complete(here)
 
     # --- sending
 
@@ -180,6 +181,12 @@ class Transfers:
     def _place(self, piece: Tensor, rank: int) -> list[int] | None:
         """Where the two ranks that exchange a piece find theirs in each other's memory; None if it is sent."""
         return self._neighbours.place(piece) if rank in self._neighbours else None
+
+
+def _complete(tensor: Tensor) -> None:
+    """What a GPU is told to do with it is to be done before it is sent: MPI does not wait for kernels."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _chunks(piece: Tensor) -> Sequence[Tensor]:
