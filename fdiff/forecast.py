@@ -3,7 +3,7 @@
 Trains nothing and needs no data set: everything follows from the plan and from the model's layout.
 
 Time is that of the busiest link, phase by phase (see `schedule`): each rank has one of its own, which carries both
-directions at once. What the processors need to copy and to add is not in it.
+directions at once. What the processors need to copy and to add is not in it, nor that phases may overlap.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Pure: every rank computes its own share without talking, and `forecast` the time that all take on a slow link.
 Three phases, for r reporters and m receivers. Reduce: a piece of the tensor belongs to each reporter; on its way round
 the ring of reporters to its owner each of them adds its own. Spread: the sums go round once more, and the owners hand
-each receiver a part. Forward: the parts go round the ring of receivers. In all 2(r-1)+m tensors, of which no rank sends
-many more than another, whether it reports or only receives; a broadcast is the case of one reporter.
+each receiver a part. Forward: the parts go round the ring of receivers. In all 2(r-1)+m tensors, of which a reporter
+sends less than two and a receiver less than one; a broadcast is the case of one reporter.
 
 In a ring a link carries one stream in each direction. Where all send to all at once the streams share a link as they
 happen to, and what comes last waits (measured: 1.2 to 1.4 times as long with 8 ranks).

@@ -91,21 +91,25 @@ def test_a_rank_that_cannot_show_its_memory_is_nobodys_neighbour(tmp_path: Path)
     assert run_ranks(without_memfd, 4, tmp_path) == [2, 2, 0, 2]
 
 
-def allocates_again_and_again(comm: Communicator) -> tuple[int, int]:
+def allocates_again_and_again(nodes: str, comm: Communicator) -> tuple[int, int]:
+    neighbours._node = lambda: nodes[comm.rank]
+    comm._neighbours.meet(comm)
+    everybody = tuple(range(comm.size))
     for turn in range(5):
         tensor = comm.allocate(SIZE, torch.float32, CPU)
         tensor.fill_(comm.rank + turn)
         with comm.ledger.purpose("parameters"):
-            comm.combine([Sum(tensor, (0, 1))])
-        assert tensor.unique().tolist() == [2 * turn + 1]
+            comm.combine([Sum(tensor, everybody)])
+        assert tensor.unique().tolist() == [sum(everybody) + comm.size * turn]
         del tensor
         gc.collect()
     return len(comm._neighbours._own), len(comm._neighbours._mapped)
 
 
-def test_memory_that_nobody_holds_is_given_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", ["aa", "aab"])
+def test_memory_that_nobody_holds_is_given_back(nodes: str, tmp_path: Path) -> None:
     """And a descriptor's number that is used again is not taken for the memory of before."""
-    for own, mapped in run_ranks(allocates_again_and_again, 2, tmp_path):
+    for own, mapped in run_ranks(partial(allocates_again_and_again, nodes), len(nodes), tmp_path):
         assert own == 0
         assert mapped <= 2  # the probe's and the last
 

@@ -108,7 +108,8 @@ class Communicator(Protocol):
     def combine(self, sums: Sequence[Sum]) -> None:
         """Carry out several sums at once; all ranks give the same ones. Each is bit-equal wherever it goes.
 
-        For r reporters and m receivers the ranks together send 2(r-1)+m times its tensor.
+        Their tensors have one dtype and device. For r reporters and m receivers the ranks together send 2(r-1)+m times
+        its tensor.
         """
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:

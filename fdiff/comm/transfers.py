@@ -2,12 +2,14 @@
 
 Each element is added up along one ring that ends at one rank, so a sum has the same bits in every repetition and on
 every rank. What is sent goes in chunks: while one is added the next is on its way. Between neighbours whose tensors
-both lie in memory that they show each other a message says where the whole piece is, and the receiver reads it there;
-when all is done it says so, and only then may the sender write there again.
+both lie in memory that they show each other a message says where the whole piece is, and the receiver reads it there.
+Within a sum a piece is written over only by a sum that has in it what was read there; after it, only once those who
+read have said that they are done.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,22 +94,24 @@ class Transfers:
             self._tell(move)
         wait([handle for handles in self._leaving.values() for handle in handles])
         wait([handle for handle, _ in self._notes])
+        self._leaving.clear()  # a handle keeps alive what it sent
+        self._notes.clear()
         self._release()
 
     def _moves(self, sums: Sequence[Sum]) -> list[_Move]:
         """What this rank has to do, in the order in which all ranks have it."""
         flat = [one.tensor.view(-1) for one in sums]
         shares = [hops(t.numel(), one.reporters, one.receivers, self._rank) for one, t in zip(sums, flat, strict=True)]
+        weights = [one.weight(self._rank) if self._rank in one.reporters else 1.0 for one in sums]
+        # Where a reporter's share is, it was added and sent once round the ring before its sum comes; a neighbour may
+        # not have read it yet when that is expected, but when it comes has.
+        rounds = [len(one.reporters) - 1 if self._rank in one.reporters else sys.maxsize for one in sums]
         moves = []
         for step, at_once in enumerate(zip_longest(*shares, fillvalue=())):
-            for one, tensor, here in zip(sums, flat, at_once, strict=True):
-                reports = self._rank in one.reporters
-                weight = one.weight(self._rank) if reports else 1.0
-                # A reporter's own share is there until it has been added and sent, once round the ring before.
-                vacant = step - len(one.reporters) + 1 if reports else 0
+            for tensor, weight, round, here in zip(flat, weights, rounds, at_once, strict=True):
                 for hop in here:
-                    piece = tensor[slice(*hop.span)]
-                    moves.append(_Move(step, piece, hop.source, hop.adds, hop.to, weight, 0 if hop.adds else vacant))
+                    piece, vacant = tensor[slice(*hop.span)], 0 if hop.adds else step - round
+                    moves.append(_Move(step, piece, hop.source, hop.adds, hop.to, weight, vacant))
         return moves
 
     # --- receiving
