@@ -103,8 +103,8 @@ class Transfers:
         flat = [one.tensor.view(-1) for one in sums]
         shares = [hops(t.numel(), one.reporters, one.receivers, self._rank) for one, t in zip(sums, flat, strict=True)]
         weights = [one.weight(self._rank) if self._rank in one.reporters else 1.0 for one in sums]
-        # Where a reporter's share is, it was added and sent once round the ring before its sum comes; a neighbour may
-        # not have read it yet when that is expected, but when it comes has.
+        # A reporter has sent its share of a piece on before it expects the sum to take its place. A neighbour may not
+        # have read that share by then, but it has by the time the sum comes, which has in it what was read.
         rounds = [len(one.reporters) - 1 if self._rank in one.reporters else sys.maxsize for one in sums]
         moves = []
         for step, at_once in enumerate(zip_longest(*shares, fillvalue=())):
