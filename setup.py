@@ -40,5 +40,5 @@ setup(
         "scipy>=1.11",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fdiff=fdiff.cli:main"]},
+    entry_points={"console_scripts": ["fdiff=fdiff.commands.main:main"]},
 )

@@ -2,6 +2,6 @@
 
 import sys
 
-from fdiff.cli import main
+from fdiff.commands.main import main
 
 sys.exit(main())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fdiff.model import PARTS
 from fdiff.seeds import numpy_stream
-from fdiff.unet import PARTS
 
 Reporters = dict[str, tuple[int, ...]]
 

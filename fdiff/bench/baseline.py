@@ -21,11 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fdiff import seeds
-from fdiff.client import build_model
 from fdiff.config import Config
-from fdiff.diffusion import alphas_cumprod
 from fdiff.errors import RunError
-from fdiff.unet import Encoder, LinearAttention, UNet
+from fdiff.federation import build_model
+from fdiff.model import Encoder, LinearAttention, UNet, alphas_cumprod
 
 
 class Pictures(Dataset):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fdiff import checkpoint
-from fdiff.bench import idle
+from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns, slowest
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
@@ -39,7 +39,7 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
 
 
 def _measure(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
-    with idle.federation(idle.quiet(config, CLIENTS), comm, device) as federation:
+    with no_training.federation(no_training.quiet(config, CLIENTS), comm, device) as federation:
         play, run_dir = _player(federation), federation.config.run_dir
         play()
         size = _bytes_of(federation, comm)

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fdiff.comm import Communicator, exchange_json
-from fdiff.comm.survey import transports
+from fdiff.comm import Communicator, exchange_json, transports
 
 Seconds = dict[str, list[float]]
 

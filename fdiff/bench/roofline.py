@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdiff.bench.measure import synchronise
-from fdiff.client import Trainer
 from fdiff.config import Config
+from fdiff.federation import Trainer
 
 aten = torch.ops.aten
 MATRIX, COPY_BYTES, REPEATS = 2048, 1 << 28, 5

@@ -12,13 +12,13 @@ from itertools import count
 
 import torch
 
-from fdiff.bench import idle
+from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.comm import Communicator
-from fdiff.comm.bare import bare_all_reduce
+from fdiff.comm.library_sums import bare_all_reduce
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.forecast import itemsize
+from fdiff.federation import itemsize
 from fdiff.plan import SHARED_PARTS, plan_round, wire_bytes
 
 WIDTHS = (28, 64, 128)  # 3.0, 14.9 and 58.4 million parameters of the paper's model
@@ -33,12 +33,12 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
     cases = [(replace(full, model=replace(config.model, dim=dim)), comm.size) for dim in WIDTHS]
     cases += [(full, 2 * comm.size)]
     cases += [(replace(config, method=method), comm.size) for method in SHARED_PARTS if method != "full"]
-    return [_measure(idle.quiet(case, clients), comm, device) for case, clients in cases]
+    return [_measure(no_training.quiet(case, clients), comm, device) for case, clients in cases]
 
 
 def _measure(config: Config, comm: Communicator, device: torch.device) -> Result:
     clients = config.federation.clients
-    with idle.federation(config, comm, device) as federation:
+    with no_training.federation(config, comm, device) as federation:
         sizes = federation.host.trainer.buckets.sizes
         taken = in_turns(
             {"round": rounds(federation.round), "bound": _bound(config, sizes, comm, device)},

@@ -9,12 +9,12 @@ from itertools import islice
 import numpy as np
 import torch
 
-from fdiff import diffusion, evaluate
 from fdiff.bench.baseline import Baseline
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.client import Trainer
 from fdiff.comm import Communicator
 from fdiff.config import Config
+from fdiff.federation import Trainer, sampling
+from fdiff.model import diffusion
 
 REPEATS = 5
 CPU_STEPS = 5  # timed of each sampler's: a step costs the same wherever it is, and 1000 of them minutes
@@ -34,15 +34,15 @@ def _measure(config: Config, sampler: str, trainer: Trainer, baseline: Baseline,
     times = diffusion.make_sampler(config.diffusion, config.sample).t.tolist()
     steps = len(times) if trainer.device.type == "cuda" else min(CPU_STEPS, len(times))
     images = config.sample.batch_size
-    cut = evaluate.batches([None], images * comm.size, config.sample, lambda _: 0, comm.size)
+    cut = sampling.batches([None], images * comm.size, config.sample, lambda _: 0, comm.size)
     mine = next(b for b in cut if b.rank == comm.rank)
 
     def first(all_steps: Iterable[int]) -> Iterator[int]:
         return islice(all_steps, steps)
 
     def ours() -> None:
-        drawn = evaluate.draw(trainer, config, mine, first)
-        evaluate.gather_images(comm, cut, [drawn], evaluate.empty_images(config, trainer.device))
+        drawn = sampling.draw(trainer, config, mine, first)
+        sampling.gather_images(comm, cut, [drawn], sampling.empty_images(config, trainer.device))
 
     actions = {"ours": ours, "baseline": lambda: baseline.call("sample", images, times, steps, sampler == "ddpm")}
     taken = in_turns(actions, comm, trainer.device, REPEATS)

@@ -13,12 +13,11 @@ from itertools import count
 import numpy as np
 import torch
 
-from fdiff.bench import idle
+from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.budget import of_rank
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
-from fdiff.federation import Federation
+from fdiff.federation import Federation, memory_of_rank
 
 CLIENTS = (1, 2, 5, 10, 20, 50, 100)
 REPEATS, WARMUP = 3, 2
@@ -53,13 +52,13 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
 
 def _measure(config: Config, clients: int, comm: Communicator, device: torch.device) -> tuple[list[float], int, int]:
     """Seconds of rounds; bytes that the clients of all ranks hold on the host, and what the budget says of them."""
-    config = idle.quiet(config, clients)
+    config = no_training.quiet(config, clients)
     config = replace(config, data=replace(config.data, limit=2 * clients))
-    with idle.federation(config, comm, device, trains=True) as federation:
+    with no_training.federation(config, comm, device, trains=True) as federation:
         rounds = count(1)
         taken = in_turns({"round": lambda: federation.round(next(rounds))}, comm, device, REPEATS, WARMUP)["round"]
         held = sum(exchange_json(comm, _held(federation)))
-    return taken, held, sum(of_rank(config, rank, comm.size).clients for rank in range(comm.size))
+    return taken, held, sum(memory_of_rank(config, rank, comm.size).clients for rank in range(comm.size))
 
 
 def _held(federation: Federation) -> int:

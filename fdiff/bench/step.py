@@ -12,10 +12,10 @@ import torch
 from fdiff.bench.baseline import Baseline
 from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.bench.roofline import ceilings, step_work
-from fdiff.client import Client, Trainer
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.data import Shard, open_source
+from fdiff.federation import Client, Trainer
 
 REPEATS = 5
 STEPS = {"cpu": 2, "cuda": 50}  # in a timed span, an epoch

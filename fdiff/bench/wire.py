@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import yaml
 
-from fdiff import launcher
 from fdiff.bench.measure import Result
 from fdiff.bench.network import Network, network, why_not
 from fdiff.comm import Communicator
 from fdiff.config import Config, to_dict
 from fdiff.errors import RunError, UserError
+from fdiff.runtime import launcher
 
 RANKS, MBIT_PER_S = (2, 4, 8), (100.0, 1000.0)
 PORT = 29_600

@@ -11,18 +11,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from fdiff import launcher
-from fdiff.bench import idle
+from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns, slowest
 from fdiff.bench.network import INTERFACE
 from fdiff.bench.wire import as_rows
 from fdiff.comm import Communicator, Sum, connect, exchange_json
-from fdiff.comm.bare import library_sums
+from fdiff.comm.library_sums import library_sums
 from fdiff.config import Config, from_dict
-from fdiff.device import set_up
-from fdiff.federation import Federation
-from fdiff.forecast import seconds
+from fdiff.federation import Federation, seconds
 from fdiff.plan import SHARED_PARTS, RoundPlan, plan_round, reporting_ranks, wire_bytes
+from fdiff.runtime import launcher, set_up
 
 ROUNDS, WARMUP = 6, 2
 HEADERS = 66  # bytes of Ethernet, IPv4 and TCP with time stamps in front of each packet that the kernel counts
@@ -43,8 +41,8 @@ def main(file: str, mbit_per_s: str) -> None:
 
 def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Result]:
     """Bytes and time of a method's rounds."""
-    config = idle.quiet(config, comm.size)
-    with idle.federation(config, comm, torch.device("cpu")) as federation:
+    config = no_training.quiet(config, comm.size)
+    with no_training.federation(config, comm, torch.device("cpu")) as federation:
         sizes = federation.host.trainer.buckets.sizes
         for round in range(1, WARMUP + 1):
             federation.round(round)

@@ -1,17 +1,23 @@
-"""Communicators. `connect` makes the one that the configuration and the launcher call for.
+"""Communicators: how ranks sum tensors, vote, and notice that one is lost.
 
-The only package that imports torch.distributed or mpi4py.
+Open `base.py` first: the protocol that all of them follow; `schedule.py` says which rank sends what to whom in a sum.
+The only room that imports torch.distributed or mpi4py. It knows nothing of models and clients.
 """
 
 from __future__ import annotations
 
-from fdiff import launcher
+from fdiff.comm.available import transports
 from fdiff.comm.base import Communicator, Ledger, LostRanks, Sum, agree, exchange_json, gather
+from fdiff.comm.mpi_library import STARTERS
+from fdiff.comm.schedule import PHASES, loads
 from fdiff.comm.solo import SoloCommunicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import UserError
+from fdiff.runtime import Launch, launcher
 
 __all__ = [
+    "PHASES",
+    "STARTERS",
     "Communicator",
     "Ledger",
     "LostRanks",
@@ -21,10 +27,12 @@ __all__ = [
     "connect",
     "exchange_json",
     "gather",
+    "loads",
+    "transports",
 ]
 
 
-def connect(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:
+def connect(runtime: RuntimeConfig, launch: Launch) -> Communicator:
     """Join the other ranks, for control only; `Communicator.open` makes it ready for payload.
 
     UserError if the launcher and `runtime.comm` do not fit together.
@@ -47,7 +55,7 @@ def connect(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:
     return _connect_torch(runtime, launch)
 
 
-def _connect_torch(runtime: RuntimeConfig, launch: launcher.Launch) -> Communicator:
+def _connect_torch(runtime: RuntimeConfig, launch: Launch) -> Communicator:
     from fdiff.comm import torch_dist
 
     place = launcher.rendezvous(launch)

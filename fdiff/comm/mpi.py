@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum, check_devices
-from fdiff.comm.common import LINGER_S, Collectives
+from fdiff.comm.collectives import LINGER_S, Collectives
 from fdiff.comm.mpi_control import MpiControl
 from fdiff.comm.mpi_library import library_name, start_mpi, takes_device_pointers
 from fdiff.comm.neighbours import Neighbours
 from fdiff.comm.transfers import Transfers
-from fdiff.launcher import Launch, Rendezvous
+from fdiff.runtime import Launch, Rendezvous
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Request

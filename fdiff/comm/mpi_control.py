@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from fdiff.comm.base import LostRanks
-from fdiff.comm.common import ANSWER_GRACE_S, ROLL_CALL_S, judge, pack, unpack
+from fdiff.comm.collectives import ANSWER_GRACE_S, ROLL_CALL_S, find_lost, pack, unpack
 from fdiff.errors import RunError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class MpiControl:
             return len(calls) == self._size
 
         _until(all_here, ROLL_CALL_S, CONTROL_SLEEP_S)
-        lost, text = judge([calls[r] for r in sorted(calls)], calls)
+        lost, text = find_lost([calls[r] for r in sorted(calls)], calls)
         # A stopped rank that comes to as mpirun ends it finds that it is the lost one: not for it to say.
         raise LostRanks(lost, text, speaker=min(set(calls) - set(lost), default=self._rank))
 

@@ -6,9 +6,8 @@ import ctypes
 import warnings
 from types import ModuleType
 
-from fdiff import launcher
 from fdiff.errors import UserError
-from fdiff.launcher import Launch
+from fdiff.runtime import Launch, launcher
 
 STARTERS = {"openmpi": "Open MPI", "mpich": "MPICH"}  # launcher: the MPI library that its mpirun belongs to
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum, check_devices
-from fdiff.comm.common import Collectives, Groups
-from fdiff.comm.control import StoreControl
+from fdiff.comm.collectives import Collectives, Groups
 from fdiff.comm.neighbours import Neighbours
+from fdiff.comm.store_control import StoreControl
 from fdiff.comm.transfers import Transfers
 from fdiff.errors import RunError
 

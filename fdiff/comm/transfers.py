@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum
 from fdiff.comm.neighbours import PLACE, Neighbours
-from fdiff.schedule import hops
+from fdiff.comm.schedule import hops
 
 CHUNK_BYTES = 2**20
 AHEAD = 16  # chunks that a rank is ready to receive before it needs them

@@ -1,1 +1,4 @@
-"""One module a command of `fdiff`; the signature of its `run` is the single list of the command's own flags."""
+"""The command line: `main.py` starts everything, `flags.py` parses, and each command has a module of its own.
+
+A command is a function `run` whose parameters are its flags. No other room imports this one.
+"""

@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 
-from fdiff import inventory
-from fdiff.comm import Communicator, agree, connect, exchange_json
-from fdiff.comm.mpi_library import STARTERS
+from fdiff.comm import STARTERS, Communicator, agree, connect, exchange_json
+from fdiff.commands import doctor_checks
+from fdiff.commands.doctor_checks import FAULT, GAP, GIB, Finding
 from fdiff.config import Config, RuntimeConfig
 from fdiff.data import open_client_source
-from fdiff.device import choose_device, default_threads, visible_gpus
 from fdiff.errors import RunError, UserError, one_line
-from fdiff.inventory import FAULT, GAP, GIB, Finding
-from fdiff.launcher import Launch
 from fdiff.plan import hosted_by
+from fdiff.runtime import Launch, choose_device, default_threads, visible_gpus
 
 PATIENCE_S = 30.0  # how long ranks wait for each other
 COLUMNS = ("rank", "host", "local", "device", "backend", "threads", "why")
@@ -39,7 +37,7 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
     seen = _see(config, launch)
     comm, seen["problems"] = _meet(config.runtime, launch, seen["problems"])
     found = [Finding(**f) for f in seen["findings"]]
-    seen["findings"] = [asdict(f) for f in inventory.with_mpi_started(found, config, launch)]
+    seen["findings"] = [asdict(f) for f in doctor_checks.with_mpi_started(found, config, launch)]
     everyone = [seen] if comm is None else exchange_json(comm, seen)
     if comm is not None:
         everyone = _try(comm, config, launch, seen, everyone)
@@ -60,7 +58,7 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
 
 def _see(config: Config, launch: Launch) -> dict[str, Any]:
     """This rank's row of the table; one rank of each node takes its inventory."""
-    findings = inventory.take(config, launch) if launch.local_rank == 0 else []
+    findings = doctor_checks.check_node(config, launch) if launch.local_rank == 0 else []
     row: dict[str, Any] = {
         "rank": launch.rank,
         "host": socket.gethostname(),

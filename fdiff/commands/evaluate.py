@@ -13,14 +13,11 @@ from typing import Any, Literal
 import torch
 
 from fdiff import checkpoint as checkpoints
-from fdiff.assembly import together
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
-from fdiff.federator import append_jsonl
-from fdiff.launcher import cache_folder
-from fdiff.scoring import Row, Scoring, Wanted, described, sampling_config, summaries
-from fdiff.snapshot import Saved, open_checkpoint
-from fdiff.verdict import warnings
+from fdiff.evaluation import Row, Scoring, Wanted, described, find_warnings, sampling_config, summaries
+from fdiff.federation import Saved, append_jsonl, open_checkpoint, together
+from fdiff.runtime import cache_folder
 
 NAMES = {"total_variation": "class t.v.", "missing_classes": "missing", "kid_deviation": "± kid"}
 HIDDEN = ("kid_subset_size",)
@@ -92,7 +89,7 @@ def _tell(saved: Saved, rows: list[Row], json: bool) -> None:
     run_dir = folder if (folder / "config.yaml").exists() else None
     if run_dir is not None:
         append_jsonl(run_dir / "scores.jsonl", rows)
-    found = warnings(rows, saved.config, run_dir)
+    found = find_warnings(rows, saved.config, run_dir)
     if json:
         print(json_module.dumps(_as_object(saved, rows, found)), flush=True)
         return

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdiff import export
-from fdiff.snapshot import open_checkpoint
+from fdiff.federation import check_choice, open_checkpoint, save_model
 
 
 def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = False) -> None:
@@ -13,11 +12,11 @@ def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = 
 
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
-        file: The safetensors file to write; `fdiff.export.load` reads it back.
+        file: The safetensors file to write; `fdiff.load_model` reads it back.
         client: Whose model, where clients keep private parts.
         ema: The moving average instead of the last weights.
     """
     saved = open_checkpoint(checkpoint)
-    export.check_choice(saved, client, ema)
-    export.save(file, saved, client, ema)
+    check_choice(saved, client, ema)
+    save_model(file, saved, client, ema)
     print(f"round {saved.round}: {file} ({file.stat().st_size / 1e6:.1f} MB)")

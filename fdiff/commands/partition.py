@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fdiff import partition as partitions
 from fdiff.config import Config
 from fdiff.data import open_client_source, open_source
+from fdiff.data import partition as partitions
 from fdiff.errors import UserError
 
 
@@ -44,7 +44,7 @@ def label_counts(config: Config) -> list[dict[int, int]]:
         own = [open_client_source(data, client, "train").labels for client in range(clients)]
         return [partitions.label_counts(labels, [np.arange(len(labels))])[0] for labels in own]
     labels = open_source(data, "train").labels
-    shards = partitions.partition(labels, data.partition, clients, data.beta, data.seed)
+    shards = partitions.partition_indices(labels, data.partition, clients, data.beta, data.seed)
     return partitions.label_counts(labels, shards)
 
 

@@ -6,10 +6,9 @@ import json as json_module
 from statistics import mean
 from typing import Any
 
-from fdiff.budget import GIB, Budget, of_rank
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.forecast import forecast, methods_table
+from fdiff.federation import GIB, Memory, forecast_run, memory_of_rank, methods_table
 
 
 def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwidth: float | None = None) -> None:
@@ -26,7 +25,7 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
         raise UserError(f"--ranks: {ranks} is not valid; it must be between 1 and federation.clients = {clients}")
     if bandwidth is not None and not bandwidth > 0:
         raise UserError(f"--bandwidth: {bandwidth} is not valid; it must be greater than 0 Mbit/s")
-    cost = forecast(config, ranks, bandwidth)
+    cost = forecast_run(config, ranks, bandwidth)
     if json:
         print(json_module.dumps(cost))
         return
@@ -38,7 +37,7 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     print(f"\n{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
     if bandwidth:
         print(_time(cost, bandwidth))
-    print(_memory(of_rank(config, 0, ranks)))
+    print(_memory(memory_of_rank(config, 0, ranks)))
     print(f"\nall methods, {config.federation.rounds} rounds, {clients} clients on {ranks} ranks:")
     print(methods_table(config, ranks))
 
@@ -56,7 +55,7 @@ def _time(cost: dict[str, Any], bandwidth: float) -> str:
     )
 
 
-def _memory(budget: Budget) -> str:
+def _memory(budget: Memory) -> str:
     return (
         f"memory of rank 0, at least: {budget.device / GIB:.2f} GiB on its device ({budget.activations / GIB:.2f} of "
         f"it for a step's activations), {budget.host / GIB:.2f} GiB on the host ({budget.clients / GIB:.2f} for its "

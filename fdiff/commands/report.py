@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fdiff.errors import UserError
-from fdiff.federator import write_atomically
+from fdiff.federation import write_atomically
 
 
 def run(runs: list[Path], *, out: Path | None = None) -> None:

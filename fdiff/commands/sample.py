@@ -8,16 +8,12 @@ from typing import Literal
 
 import torch
 
-from fdiff import evaluate
-from fdiff.assembly import on_rank_0, together
-from fdiff.client import Trainer
 from fdiff.comm import Communicator
 from fdiff.config import Config, RuntimeConfig
+from fdiff.data import check_target, save_images
 from fdiff.errors import UserError
-from fdiff.export import check_choice
-from fdiff.pictures import check_target, save_images
-from fdiff.scoring import sampling_config
-from fdiff.snapshot import Saved, open_checkpoint, private_parts
+from fdiff.evaluation import sampling_config
+from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_checkpoint, private_parts, sampling, together
 
 
 def run(
@@ -53,7 +49,7 @@ def run(
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
     trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))
-    drawn = evaluate.draw_all(comm, trainer, config, images)
+    drawn = sampling.draw_all(comm, trainer, config, images)
     on_rank_0(comm, lambda: save_images(drawn, out))
     if comm.rank == 0:
         print(f"{images} images of round {saved.round}: {out}")

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import yaml
 
 from fdiff import sweeps
+from fdiff.commands.config_file import apply_config_file
+from fdiff.commands.submit_job import Sweeping, Training, load_submitit, slurm_state
 from fdiff.config import Config, RuntimeConfig, to_dict
 from fdiff.errors import RunError, UserError
-from fdiff.overlay import overlay
-from fdiff.submission import Sweeping, Training, load_submitit, slurm_state
 
 LOCAL_REQUEUES = 5  # submitit's local executor starts a job at most six times
 DONE = "COMPLETED"
@@ -100,7 +100,7 @@ def run(
     site = {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "comment": comment}
     _check(cluster, resources, max_requeues)
     if sweep is None:
-        configs = [config] if array is None else [overlay(config, file, "--array") for file in _files(array)]
+        configs = [config] if array is None else [apply_config_file(config, file, "--array") for file in _files(array)]
         _check_runs(configs, nodes * tasks_per_node, resume)
         tasks = [Task(c.run_dir, [c], Training(_keep(_yaml(c), log_dir), resume, max_requeues)) for c in configs]
     else:

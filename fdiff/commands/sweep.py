@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 
 from fdiff import sweeps
-from fdiff.assembly import on_rank_0, together
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
-from fdiff.federator import write_atomically
-from fdiff.launcher import cache_folder
-from fdiff.signals import heeded
+from fdiff.federation import on_rank_0, together, write_atomically
+from fdiff.runtime import cache_folder, heeding_signals
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def run(
     folder = out or Path("runs") / path.stem
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     failed: dict[str, str] = {}
-    with heeded() as stop:
+    with heeding_signals() as stop:
         for i, cell in enumerate(sweep.cells):
             if comm.rank == 0:
                 log.info("[%d/%d] %s", i + 1, len(sweep.cells), cell.name)

@@ -7,9 +7,8 @@ import torch
 from fdiff import federation
 from fdiff.comm import Communicator
 from fdiff.config import Config
-from fdiff.federator import Federator
-from fdiff.forecast import methods_table
-from fdiff.signals import heeded
+from fdiff.federation import Federator, methods_table
+from fdiff.runtime import heeding_signals
 
 
 def run(config: Config, comm: Communicator, device: torch.device, *, resume: bool = False) -> None:
@@ -18,7 +17,7 @@ def run(config: Config, comm: Communicator, device: torch.device, *, resume: boo
     Args:
         resume: Go on from the newest complete checkpoint of the run folder, if it has one.
     """
-    with heeded() as stop:
+    with heeding_signals() as stop:
         folder = federation.run(config, comm, device, resume, stop)
     if comm.rank != 0:
         return

@@ -11,7 +11,7 @@ import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
 from fdiff.errors import RunError, UserError
-from fdiff.soundness import problems
+from fdiff.federation import find_problems
 
 
 def run(checkpoint: Path) -> None:
@@ -46,4 +46,4 @@ def report(path: Path) -> list[str]:
         if not file.problems:
             size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in file.datasets.values())
             print(f"sound    {path / name}: {len(file.datasets)} datasets, {size:,} bytes")
-    return problems(path, found)
+    return find_problems(path, found)

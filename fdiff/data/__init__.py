@@ -1,12 +1,27 @@
-"""Data sets as sources of uint8 images with labels, and a client's shard of one on its device.
+"""Images: read from the formats that users have, split among clients, served in batches; and written as pictures.
 
-`open_source` opens a whole data set, `open_client_source` a client's own folder or file; both read this
-machine's files and send nothing anywhere. Knows nothing of ranks, partitions or training.
+Open `sources.py` first (what a data set is), then `partition.py` (who gets which images) and `shards.py` (the batches
+of one client). Knows no models and no ranks.
 """
 
+from __future__ import annotations
+
+from fdiff.data.cifar10 import URL
 from fdiff.data.images import normalise
 from fdiff.data.opening import open_client_source, open_source
+from fdiff.data.pictures import check_target, save_grid, save_images
 from fdiff.data.shards import Shard
 from fdiff.data.sources import Source, check_labels
 
-__all__ = ["Shard", "Source", "check_labels", "normalise", "open_client_source", "open_source"]
+__all__ = [
+    "Shard",
+    "Source",
+    "URL",
+    "check_labels",
+    "check_target",
+    "normalise",
+    "open_client_source",
+    "open_source",
+    "save_grid",
+    "save_images",
+]

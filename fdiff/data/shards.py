@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fdiff.data.reasons import first_line
 from fdiff.data.sources import Source
-from fdiff.device import free_memory
 from fdiff.errors import RunError, UserError
+from fdiff.runtime import free_memory
 
 FILL_BATCH = 256  # images read at once while a shard is brought to its device
 

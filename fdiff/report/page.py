@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdiff import __version__
 from fdiff.config import to_dict
-from fdiff.extractor import DISTANCES
-from fdiff.forecast import forecast
+from fdiff.evaluation import DISTANCES
+from fdiff.federation import forecast_run
 from fdiff.plan import SHARED_PARTS
 from fdiff.report import charts
 from fdiff.report.charts import Curve
@@ -100,7 +100,7 @@ def _partition(run: Run) -> str:
 def _communication(run: Run) -> str:
     """N of each method with this run's configuration, the run's own method highlighted."""
     ranks = max(1, len(run.setting.get("ranks", [])))
-    costs = {method: forecast(replace(run.config, method=method), ranks) for method in SHARED_PARTS}
+    costs = {method: forecast_run(replace(run.config, method=method), ranks) for method in SHARED_PARTS}
     millions = {method: cost["communicated_parameters"] / 1e6 for method, cost in costs.items()}
     notes = {method: f"−{cost['saving']:.1%}" if cost["saving"] else "" for method, cost in costs.items()}
     return charts.bars(millions, "N, million parameters in all rounds", run.config.method, notes)

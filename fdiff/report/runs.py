@@ -12,10 +12,8 @@ import yaml
 
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
-from fdiff.federator import read_jsonl
-from fdiff.forecast import forecast
-from fdiff.scoring import Row, described
-from fdiff.verdict import distance_of, mean_distance, newest, warnings, way
+from fdiff.evaluation import Row, described, distance_name, find_warnings, mean_distance, newest_scores, scored_as
+from fdiff.federation import forecast_run, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Run:
         rows = [row for row in self.scores if row["extractor"] == extractor and row["local"] == local]
         found: dict[int, list[Row]] = {}
         for row in rows:
-            if row["ema"] == ema and way(row) == way(rows[-1]):
+            if row["ema"] == ema and scored_as(row) == scored_as(rows[-1]):
                 found.setdefault(row["round"], []).append(row)
         return dict(sorted(found.items()))
 
@@ -82,7 +80,7 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """The row of this run in the table of runs."""
-        fed, cost = self.config.federation, forecast(self.config, max(1, len(self.setting.get("ranks", []))))
+        fed, cost = self.config.federation, forecast_run(self.config, max(1, len(self.setting.get("ranks", []))))
         sent = sum(sum(r["sent_bytes"].values()) for r in self.rounds)
         return {
             "method": self.config.method,
@@ -103,7 +101,7 @@ class Run:
         """The distances of the last round that is scored, mean over the models, and of which weights."""
         best = []
         for ema, rows in self._last_scored():
-            if name := distance_of(rows[0]):
+            if name := distance_name(rows[0]):
                 best.append(f"{name} {mean_distance(rows):.2f}{' (average)' if ema else ''}")
         return ", ".join(best) or "–"
 
@@ -119,7 +117,7 @@ class Run:
     def warnings(self) -> list[str]:
         """The signs of failure that its scores show."""
         rows = [row for local in (False, True) for _, rows in self._last_scored(local) for row in rows]
-        return warnings(rows, self.config, self.folder)
+        return find_warnings(rows, self.config, self.folder)
 
     def _last_scored(self, local: bool = False) -> Iterator[tuple[bool, list[Row]]]:
         """The rows of the last round of each extractor and kind of weights, behind whether those are the average."""
@@ -147,7 +145,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: cannot be read as a run ({' '.join(str(error).split())})") from None
     rounds, clients, scores = logs
     grids = dict(sorted(_grids(folder / "samples")))
-    return Run(folder.resolve().name, folder, config, setting, rounds, clients, newest(scores), grids)
+    return Run(folder.resolve().name, folder, config, setting, rounds, clients, newest_scores(scores), grids)
 
 
 def _grids(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -23,8 +23,7 @@ import yaml
 
 from fdiff.config import Config, RuntimeConfig, from_dict, preset, to_dict
 from fdiff.errors import UserError
-from fdiff.extractor import DISTANCES, default_extractor
-from fdiff.scoring import sampling_config
+from fdiff.evaluation import DISTANCES, default_extractor, sampling_config
 
 SHIPPED = Path(__file__).parent
 KEYS = ("preset", "fields", "grid", "score")

@@ -12,13 +12,19 @@ import yaml
 
 from fdiff.config import Config, from_dict, to_dict
 from fdiff.errors import UserError
-from fdiff.extractor import DISTANCES
-from fdiff.federator import read_jsonl
-from fdiff.forecast import forecast
-from fdiff.scoring import Model, Row, images_by_default, models_of, steps_of, summary
-from fdiff.snapshot import MAY_CHANGE
+from fdiff.evaluation import (
+    DISTANCES,
+    Model,
+    Row,
+    images_by_default,
+    models_of,
+    newest_scores,
+    scored_as,
+    steps_of,
+    summary,
+)
+from fdiff.federation import MAY_CHANGE, forecast_run, read_jsonl
 from fdiff.sweeps.grid import Cell, Score, Sweep
-from fdiff.verdict import newest, way
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _rows(wanted: Score, config: Config, round: int, ema: bool) -> list[Row]:
     """The newest row of each model of a round that was scored as wanted; all in one way, the one written last."""
     log = read_jsonl(config.run_dir / "scores.jsonl")
     fitting = [r for r in log if r["round"] == round and r["ema"] == ema and _is_as_wanted(r, wanted, config)]
-    return newest([row for row in fitting if way(row) == way(fitting[-1])])
+    return newest_scores([row for row in fitting if scored_as(row) == scored_as(fitting[-1])])
 
 
 def _is_as_wanted(row: Row, wanted: Score, config: Config) -> bool:
@@ -150,7 +156,7 @@ def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
         worst=facts["worst"] if many else None,
         **{fact: rows[0].get(fact) for fact in FACTS},
         communicated_parameters=moved,
-        saving=1 - moved / forecast(so_far, ranks=1)["communicated_parameters_full"],
+        saving=1 - moved / forecast_run(so_far, ranks=1)["communicated_parameters_full"],
         wire_bytes=sum(r["wire_bytes"] for r in log),
         seconds=sum(sum(r["seconds"].values()) for r in log),
     )

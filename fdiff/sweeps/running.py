@@ -7,13 +7,11 @@ from pathlib import Path
 import torch
 
 from fdiff import checkpoint, federation
-from fdiff.assembly import on_rank_0, together
 from fdiff.comm import Communicator
 from fdiff.config import Config
-from fdiff.federator import append_jsonl, read_jsonl
-from fdiff.scoring import Model, Scoring, Wanted
-from fdiff.signals import Stop
-from fdiff.snapshot import newest_sound, open_checkpoint
+from fdiff.evaluation import Model, Scoring, Wanted
+from fdiff.federation import append_jsonl, newest_sound, on_rank_0, open_checkpoint, read_jsonl, together
+from fdiff.runtime import Stop
 from fdiff.sweeps.grid import Cell, Score, Sweep
 from fdiff.sweeps.results import check_same, missing
 
@@ -57,7 +55,7 @@ def _score(
     how = Wanted(wanted.images, wanted.extractor, metrics=("frechet",))
     scoring = Scoring(comm, device, wanted.sampling(config), how, cache)
     for round, ema, models in lacking:
-        path = checkpoint.folder(config.run_dir) / checkpoint.generation_name(round)
+        path = checkpoint.root(config.run_dir) / checkpoint.generation_name(round)
         saved = together(comm, lambda path=path: open_checkpoint(path))
         for rows in scoring.score(saved, ema, models=models, check=stop.check):
             together(comm, lambda rows=rows: append_jsonl(config.run_dir / "scores.jsonl", rows) if rows else None)

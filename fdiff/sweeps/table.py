@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from fdiff.scoring import described
+from fdiff.evaluation import described
 from fdiff.sweeps.results import Result
 
 BEFORE = ("method", "partition")

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in (".", "helpers")]
 
 from faults import soak  # noqa: E402
 from faults.ledger import enter, table  # noqa: E402

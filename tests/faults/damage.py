@@ -14,8 +14,9 @@ from faults import forging
 from faults.ledger import Row
 from faults.processes import Job
 from faults.runs import equal, rounds_there, train
-from fdiff import checkpoint, snapshot
-from fdiff.arrayfile import Damaged, read_file
+from fdiff import checkpoint
+from fdiff.checkpoint.file import Damaged, read_file
+from fdiff.federation import snapshot
 
 KINDS = ("truncated", "zero length", "bit flipped", "file missing", "dataset missing", "shape", "dtype", "version")
 STARTS = 4  # how many of the damaged runs are also taken up by a job

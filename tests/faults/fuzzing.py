@@ -18,14 +18,14 @@ from faults import forging
 from faults.damage import MORE, a_run, loads_otherwise
 from faults.ledger import Row
 from faults.runs import train
-from fdiff import checkpoint, snapshot
+from fdiff import checkpoint
 from fdiff import config as cfg
-from fdiff.arrayfile import read_file
-from fdiff.assembly import assemble
+from fdiff.checkpoint.file import read_file
 from fdiff.comm import SoloCommunicator
+from fdiff.commands.flags import parse
 from fdiff.errors import LINE, UserError, one_line
-from fdiff.flags import parse
-from fdiff.soundness import problems
+from fdiff.federation import snapshot
+from fdiff.federation.validate import find_problems
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3)
@@ -82,7 +82,7 @@ def headers(row: Row, cases: range, folder: Path) -> None:
     """Headers that say anything, under checksums that are right: refused, or a federation goes back to such a state."""
     run = a_run(folder)
     sound, path = checkpoint.generations(run)[-1].path, folder / "round-000002"
-    members = assemble(_configuration(), SoloCommunicator(), torch.device("cpu"))
+    members = set_up_rank(_configuration(), SoloCommunicator(), torch.device("cpu"))
     before = read_file(sound / checkpoint.GLOBAL)[1]
 
     def one(edits: list[tuple[int, Any]]) -> None:
@@ -118,7 +118,7 @@ def _set(header: dict, where: int, value: Any) -> None:
 
 
 def _use(path: Path, members: Any) -> None:
-    if found := problems(path):
+    if found := find_problems(path):
         raise UserError(found[0])
     snapshot.open_checkpoint(path).parameters(0, ema=True)
     snapshot.restore(path, members.host, members.images)

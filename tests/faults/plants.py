@@ -28,7 +28,7 @@ def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None
     """SIGKILL of a rank in a round: in a training step, between vote and collective, or within a collective."""
     if rank != victim:
         return
-    from fdiff.client import Trainer
+    from fdiff.federation.client import Trainer
 
     now = {"round": 0}
     train, step, chance = Trainer.train, Trainer.step, random.Random(seed)
@@ -66,32 +66,31 @@ def _deadly_payload(place: str, due, chance: random.Random) -> None:
 
 def note_commits() -> None:
     """Each commit that came to its end is noted, outside of the run's folder, which may be what is struck."""
-    from fdiff import checkpoint
+    from fdiff.checkpoint import commit
 
-    commit = checkpoint.commit
+    make_visible = commit.make_visible
 
     def noting(temporary: Path, run_dir: Path, round: int, keep: int) -> Path:
-        final = commit(temporary, run_dir, round, keep)
+        final = make_visible(temporary, run_dir, round, keep)
         with Path(f"{run_dir.name}.committed").open("a") as file:
             file.write(f"{round}\n")
         return final
 
-    checkpoint.commit = noting
+    commit.make_visible = noting
 
 
 def kill_in_commit(seed: int, rank: int) -> None:
     """SIGKILL at a uniformly random point of the third commit of this process."""
     if rank != 0:
         return
-    from fdiff import checkpoint
-    from fdiff.commit import Committer
+    from fdiff.checkpoint import commit
 
-    commit, start, chance = checkpoint.commit, Committer.start, random.Random(seed)
+    make_visible, start, chance = commit.make_visible, commit.Committer.start, random.Random(seed)
     began: list[float] = []
     took: list[float] = []
 
     def timing(*arguments: object) -> Path:
-        final = commit(*arguments)
+        final = make_visible(*arguments)
         took.append(time.monotonic() - began[-1])
         return final
 
@@ -101,14 +100,14 @@ def kill_in_commit(seed: int, rank: int) -> None:
         if len(began) == 3:
             threading.Timer(chance.uniform(0, 1.2 * max(took)), die).start()
 
-    checkpoint.commit, Committer.start = timing, starting
+    commit.make_visible, commit.Committer.start = timing, starting
 
 
 def stop_in_round(round: int, step: int, victim: int, rank: int) -> None:
     """SIGTERM of this rank itself at a training step of a round."""
     if rank != victim:
         return
-    from fdiff.client import Trainer
+    from fdiff.federation.client import Trainer
 
     train, take = Trainer.train, Trainer.step
     to_take = {"now": 0}
@@ -129,7 +128,7 @@ def stop_in_round(round: int, step: int, victim: int, rank: int) -> None:
 
 def hold_in_round(round: int, seconds: float, rank: int) -> None:
     """A training step of a round takes its time; the file `held` says that it has begun."""
-    from fdiff.client import Trainer
+    from fdiff.federation.client import Trainer
 
     train, step = Trainer.train, Trainer.step
     due = {"now": False}
@@ -149,20 +148,20 @@ def hold_in_round(round: int, seconds: float, rank: int) -> None:
 
 def fail_to_start(victim: int, rank: int) -> None:
     """This rank's device cannot be set up, for a reason that nobody foresaw."""
-    from fdiff import cli
+    from fdiff.commands import main
 
     def broken(*_: object) -> None:
         raise RuntimeError("no driver")
 
     if rank == victim:
-        cli.set_up = broken
+        main.set_up = broken
 
 
 def hang_on_disk(failing: int, round: int, rank: int) -> None:
     """The disk does not answer any more; then a client fails."""
-    from fdiff import arrayfile
+    from fdiff.checkpoint import file
 
-    arrayfile._write = lambda *_: time.sleep(600)
+    file._write = lambda *_: time.sleep(600)
     fail_client("exception", (failing,), round, rank)
 
 
@@ -173,7 +172,7 @@ def leave_a_process(rank: int) -> None:
 
 def fail_client(how: str, clients: tuple[int, ...], round: int, rank: int) -> None:
     """In one round the training of some clients fails: an error while reading, no memory, a loss that is not finite."""
-    from fdiff.client import Trainer
+    from fdiff.federation.client import Trainer
 
     train, step = Trainer.train, Trainer.step
     due = {"now": False}
@@ -202,7 +201,7 @@ def _fail(how: str, trainer) -> None:
 
 def fail_on_signal(rank: int) -> None:
     """SIGUSR1 makes the next training step on this rank fail."""
-    from fdiff.client import Trainer
+    from fdiff.federation.client import Trainer
 
     step, due = Trainer.step, threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: due.set())

@@ -22,7 +22,7 @@ from jobs import clean_env
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["fdiff.cli", "fdiff.commands.train", "fdiff.comm.torch_dist", "torch.utils.tensorboard", "faults.plants"]
+    ["fdiff.commands.main", "fdiff.commands.train", "fdiff.comm.torch_dist", "torch.utils.tensorboard", "faults.plants"]
 )
 AT_ONCE = threading.RLock()  # two threads that ask after one process would take its exit status from each other
 PATIENCE_S = 10.0  # a loader's worker looks for its parent every 5 s
@@ -115,7 +115,7 @@ def _rank(words: list[str], rank: int, ranks: int, port: int, file: Path, fault:
     for stream, suffix in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{file}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     from faults import plants
-    from fdiff.cli import main
+    from fdiff.commands.main import main
 
     status = 70
     try:

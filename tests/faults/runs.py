@@ -14,8 +14,8 @@ from jobs import TINY, arrays
 from faults.ledger import Row
 from faults.processes import Job
 from fdiff import checkpoint
+from fdiff.federation.validate import find_problems
 from fdiff.plan import SHARED_PARTS
-from fdiff.soundness import problems
 
 METHODS = tuple(SHARED_PARTS)
 GRACE_S = 10.0  # beyond the time-out: by then every rank must have ended
@@ -45,7 +45,7 @@ def lost(run: Path, committed: int, keep: int = 2) -> int:
     wanted = range(max(1, committed - keep + 1), committed + 1)
     there = {g.round: g.path for g in checkpoint.generations(run)}
     gone = [r for r in wanted if r not in there and r + keep > max(there, default=0)]
-    return len(gone) + sum(bool(problems(path)) for path in there.values())
+    return len(gone) + sum(bool(find_problems(path)) for path in there.values())
 
 
 def logged(run: Path) -> list[dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fdiff import checkpoint
-from fdiff.arrayfile import write_file
+from fdiff.checkpoint.file import write_file
 
 ARRAY = np.random.default_rng(0).random(100_000, dtype=np.float32)
 
@@ -20,13 +20,13 @@ def sound(run: Path, round: int) -> None:
     target = checkpoint.temporary_folder(run, round, "here")
     target.mkdir(parents=True)
     write_file(target / "global.h5", {"parts/decoder": ARRAY + round}, {"round": round})
-    checkpoint.commit(target, run, round, keep=2)
+    checkpoint.make_visible(target, run, round, keep=2)
 
 
 def careless(run: Path, round: int) -> None:
     """Straight into the final place, the oldest one removed as soon as there is a newer one; nothing synced."""
     os.fsync = lambda _: None
-    final = checkpoint.folder(run) / checkpoint.generation_name(round)
+    final = checkpoint.root(run) / checkpoint.generation_name(round)
     final.mkdir(parents=True)
     write_file(final / "global.h5", {"parts/decoder": ARRAY + round}, {"round": round})
     checkpoint.prune(run, keep=2)

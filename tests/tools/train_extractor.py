@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from fdiff.extractor import FMNIST_ARCHITECTURE, FMNIST_WEIGHTS, FmnistCnn
+from fdiff.evaluation.extractors import FMNIST_ARCHITECTURE, FMNIST_WEIGHTS, FmnistCnn
 
 DEBIAN_DATA = Path("/usr/share/datasets/fashion-mnist")
 BATCH = 128

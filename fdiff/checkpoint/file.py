@@ -1,0 +1,317 @@
+"""One HDF5 file of arrays and a JSON header, which is either exactly what was written or not read at all.
+
+Every dataset carries the BLAKE3 of its bytes, every file a manifest of its datasets, whose own BLAKE3 is the file's
+digest. No pickle, no compression, no object types: plain numbers and bytes that any HDF5 tool opens. The format is
+that of HDF5 1.8, whose structures have checksums, so that the library itself notices when they are damaged.
+A file may come from anywhere: what it claims is held against its size before memory is taken for it.
+
+The library makes and reads the structure; the arrays' bytes go past it, in pieces, to and from where it put them: it
+would keep every other thread of the process from running meanwhile. Large arrays begin at whole blocks: see `directio`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from blake3 import blake3
+
+from fdiff.checkpoint import directio
+from fdiff.checkpoint.directio import BLOCK_BYTES, PIECE_BYTES, Disk
+from fdiff.errors import UserError
+
+VERSION = 2
+_TYPES = frozenset(np.dtype(name) for name in ("float32", "float64", "int64", "uint8"))
+_FORMAT = ("v108", "v108")
+_MAX_JSON_BYTES = 64 * 2**20
+_ALIGNED = {"alignment_threshold": 2**16, "alignment_interval": BLOCK_BYTES}
+_ADVICE = "use another checkpoint"
+
+Arrays = Mapping[str, np.ndarray]
+Header = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+
+
+class Damaged(UserError):
+    """A file that is incomplete or not what it says; the message names the file and the dataset."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What `examine` found: (shape, dtype) of each sound dataset, the header, a line for each problem."""
+
+    datasets: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, arrays: Arrays, header: Header) -> str:
+    """Write arrays and a JSON header to a new file, readable by its owner alone; sync, read back, then rename.
+
+    The file appears under `path` only when what was read back equals what was written. Returns its digest: the
+    BLAKE3 of the manifest, which holds the BLAKE3 of every dataset. OSError if the disk is full or read-only.
+    A header that is a function is called when the arrays are written.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        digest = _write(temporary, arrays, header)
+        if problems := examine(temporary, digest, from_disk=True).problems:
+            raise OSError(f"what was read back is not what was written: {problems[0]}")
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno:  # HDF5's own message is long, and says no more
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    return digest
+
+
+def _write(path: Path, arrays: Arrays, header: Header) -> str:
+    """Write and sync a file; returns its digest. The checksums are made of what passes on its way to the disk."""
+    with directio.opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as disk:
+        with h5py.File(path, "w", locking=False, libver=_FORMAT, **_ALIGNED) as file:
+            manifest = {name: _put(file, disk, name, array) for name, array in arrays.items()}
+            said = header() if callable(header) else header
+            manifest["header"] = _put(file, disk, "header", _json_bytes({**said, "version": VERSION}))
+            digest = _put(file, disk, "manifest", _json_bytes(manifest))["blake3"]
+        disk.sync()
+    return str(digest)
+
+
+def _put(file: h5py.File, disk: Disk, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Add a dataset, and its values past the library; what the manifest says of it."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    dataset = file.create_dataset(name, array.shape, array.dtype, dcpl=plist)
+    if array.ndim == 0:  # h5py gives a scalar no place before its value
+        dataset[()] = array
+    hasher = blake3()
+    disk.write(_bytes(array), dataset.id.get_offset() or 0, hasher.update)  # an empty dataset has no place at all
+    dataset.attrs["blake3"] = np.bytes_(hasher.hexdigest())
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": hasher.hexdigest()}
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, digest: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header of a file, every checksum verified; Damaged names what does not fit.
+
+    With `digest` the file must be that very one.
+    """
+    with _reading(path) as file:
+        manifest = _manifest(file, digest)
+        header = _header(file, manifest)
+        arrays = {name: _dataset(file, name, manifest[name]) for name in manifest if name != "header"}
+    return arrays, header
+
+
+def examine(path: Path, digest: str | None = None, from_disk: bool = False) -> Examined:
+    """Read all of a file and keep nothing of it; never raises Damaged, but says what is sound and what is not.
+
+    `from_disk`: its values are read past the cache, where that can be.
+    """
+    found = Examined()
+    try:
+        with _reading(path) as file, _disk(path, file, from_disk) as disk:
+            manifest = _manifest(file, digest)
+            found.header.update(_header(file, manifest))
+            for name, expected in manifest.items():
+                try:
+                    with _reporting(path):
+                        dataset = _claimed(file, name, expected)
+                        pieces = disk.read(dataset.id.get_offset() or 0, dataset.nbytes)
+                        _verify(file, name, dataset, expected, pieces)
+                    found.datasets[name] = (dataset.shape, dataset.dtype.name)
+                except Damaged as error:
+                    found.problems.append(str(error))
+    except Damaged as error:
+        found.problems.append(str(error))
+    return found
+
+
+def read_digest(path: Path) -> str:
+    """The digest of a file that `write_file` has verified, without reading its arrays again."""
+    with _reading(path) as file:
+        return checksum(_dataset(file, "manifest", None))
+
+
+@contextmanager
+def _disk(path: Path, file: h5py.File, from_disk: bool) -> Iterator[Disk]:
+    if from_disk:
+        with directio.opened(path, os.O_RDONLY) as disk:
+            yield disk
+    else:
+        yield Disk(file.id.get_vfd_handle())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[h5py.File]:
+    with _reporting(path):
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would wait for ever
+            raise Damaged(f"{path}: is not a regular file; {_ADVICE}")
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Whatever a file's content makes the reading code raise means one thing: it cannot be read."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except FileNotFoundError:
+        raise Damaged(f"{path}: is missing; {_ADVICE}") from None
+    except Exception as error:
+        raise Damaged(f"{path}: cannot be read ({type(error).__name__}: {_one_line(error)}); {_ADVICE}") from error
+
+
+def _manifest(file: h5py.File, digest: str | None) -> dict[str, Any]:
+    """The manifest, held against the digest and against the names and sizes of all datasets."""
+    names = _names(file)
+    if "manifest" not in names:
+        raise Damaged(f"{file.filename}: has no manifest; {_ADVICE}")
+    array = _dataset(file, "manifest", None)
+    if digest is not None and checksum(array) != digest:
+        raise Damaged(f"{file.filename}: is not the file that its checkpoint lists; {_ADVICE}")
+    manifest = _parse(file, array)
+    if different := sorted((names - {"manifest"}) ^ set(manifest)):
+        raise Damaged(f"{file.filename}: {different[0]} is only in the file or only in its manifest; {_ADVICE}")
+    if not all(isinstance(entry, dict) for entry in manifest.values()):
+        raise Damaged(f"{file.filename}: its manifest describes nothing; {_ADVICE}")
+    claimed = sum(file[name].nbytes for name in manifest)
+    if claimed > os.path.getsize(file.filename):
+        raise Damaged(f"{file.filename}: its datasets claim {claimed} bytes, more than the file has; {_ADVICE}")
+    return manifest
+
+
+def _names(file: h5py.File) -> set[str]:
+    """All datasets, at most one group deep. Damaged at a link that may lead elsewhere, before it is followed."""
+    found: set[str] = set()
+    for key in _plain_links(file):
+        if isinstance(file[key], h5py.Group):
+            found |= {f"{key}/{inner}" for inner in _plain_links(file[key])}
+        else:
+            found.add(key)
+    return found
+
+
+def _plain_links(group: h5py.Group) -> list[str]:
+    for key in group:
+        if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+            raise Damaged(f"{group.file.filename}: {key} is a link to another place; {_ADVICE}")
+    return list(group)
+
+
+def _header(file: h5py.File, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    header = _parse(file, _dataset(file, "header", manifest["header"]))
+    if header.get("version") != VERSION:
+        raise Damaged(
+            f"{file.filename}: has layout version {header.get('version')!r}; this fdiff reads version {VERSION}"
+        )
+    return header
+
+
+def _dataset(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> np.ndarray:
+    """A dataset, and not before all that it claims has been checked."""
+    dataset = _claimed(file, name, expected)
+    array = np.empty(dataset.shape, dataset.dtype)
+    _verify(file, name, dataset, expected, _fill(_bytes(array), file, dataset))
+    return array
+
+
+def _fill(memory: np.ndarray, file: h5py.File, dataset: h5py.Dataset) -> Iterator[np.ndarray]:
+    """Read a dataset's bytes into memory (bytes,), by pieces."""
+    descriptor, offset = file.id.get_vfd_handle(), dataset.id.get_offset() or 0
+    for start in range(0, len(memory), PIECE_BYTES):
+        piece = memory[start : start + PIECE_BYTES]
+        yield piece[: os.preadv(descriptor, [piece], offset + start)]
+
+
+def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> h5py.Dataset:
+    """A dataset that is what the manifest says, as far as it can be known without its values."""
+    dataset = file[name]
+    if problem := _claim_problem(file, dataset):
+        raise Damaged(f"{file.filename}: {name} {problem}; {_ADVICE}")
+    if expected is not None and [list(dataset.shape), dataset.dtype.name] != [expected["shape"], expected["dtype"]]:
+        raise Damaged(
+            f"{file.filename}: {name} is {dataset.dtype.name} {dataset.shape}, its manifest says "
+            f"{expected['dtype']} {expected['shape']}; {_ADVICE}"
+        )
+    return dataset
+
+
+def _verify(
+    file: h5py.File, name: str, dataset: h5py.Dataset, expected: Mapping[str, Any] | None, pieces: Iterable[np.ndarray]
+) -> None:
+    """Hold a dataset's bytes against their number and both checksums."""
+    recorded, hasher, held = _recorded(dataset), blake3(), 0
+    for piece in pieces:
+        hasher.update(piece)
+        held += len(piece)
+    if held != dataset.nbytes:
+        raise Damaged(f"{file.filename}: ends within {name}; {_ADVICE}")
+    if hasher.hexdigest() != recorded or (expected is not None and expected["blake3"] != recorded):
+        raise Damaged(f"{file.filename}: the checksum of {name} does not match its bytes; {_ADVICE}")
+
+
+def _claim_problem(file: h5py.File, dataset: Any) -> str | None:
+    """What is wrong with a dataset by what it says of itself, or None."""
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in _TYPES:
+        return "is not a dataset of plain numbers"
+    if dataset.external or dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
+        return "is not stored in one piece in its file"
+    offset, held = dataset.id.get_offset() or 0, dataset.id.get_storage_size()
+    if dataset.nbytes != held or offset + held > os.path.getsize(file.filename):
+        return f"claims {dataset.nbytes} bytes, more than its file has"
+    return None
+
+
+def _recorded(dataset: h5py.Dataset) -> str:
+    attribute = dataset.attrs.get_id("blake3")
+    if attribute.shape != () or attribute.dtype != np.dtype("S64"):
+        raise Damaged(f"{dataset.file.filename}: {dataset.name} has no checksum of 64 letters; {_ADVICE}")
+    return bytes(dataset.attrs["blake3"]).decode("ascii")
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _parse(file: h5py.File, array: np.ndarray) -> dict[str, Any]:
+    if array.nbytes > _MAX_JSON_BYTES:
+        raise Damaged(f"{file.filename}: has a table of {array.nbytes} bytes; {_ADVICE}")
+    value = json.loads(array.tobytes())
+    if not isinstance(value, dict):
+        raise Damaged(f"{file.filename}: its header or manifest is not a table; {_ADVICE}")
+    return value
+
+
+def _json_bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def checksum(array: np.ndarray) -> str:
+    """The BLAKE3 of an array's bytes, in hex: as cryptographic as SHA-256, and several times as fast."""
+    return blake3(_bytes(array)).hexdigest()
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

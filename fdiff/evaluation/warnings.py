@@ -1,0 +1,108 @@
+"""What the scores of a run say beyond their values: the signs of failure that the paper names.
+
+Reads the logs of a run folder; computes nothing with images and talks to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fdiff.config import Config
+from fdiff.evaluation.extractors import DISTANCES
+from fdiff.evaluation.scoring import summary
+from fdiff.federation import plans, read_jsonl, sizes_of
+from fdiff.plan import communicated_parameters
+
+WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.28 on iid data, at 0.40 to 1.1 on skewed
+PATIENCE = 2  # scored rounds without a better distance before it counts as no progress
+
+
+def distance_name(row: dict[str, Any]) -> str | None:
+    """The name of the Fréchet distance in a row of scores, if it was taken."""
+    return next((name for name in DISTANCES.values() if name in row["scores"]), None)
+
+
+def newest_scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows that score the same model in the same way, the one written last; in the order of writing."""
+    last: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["round"], row["client"], row["ema"], scored_as(row))
+        last.pop(key, None)
+        last[key] = row
+    return list(last.values())
+
+
+def scored_as(row: dict[str, Any]) -> tuple[Any, ...]:
+    """All that must be equal for the scores of two models, or of two rounds, to compare."""
+    facts = ("local", "n", "split", "n_real", "extractor", "checksum", "resized_from", "sampler", "steps")
+    return tuple(row.get(fact) for fact in facts)
+
+
+def find_warnings(rows: Sequence[dict[str, Any]], config: Config, run_dir: Path | None) -> list[str]:
+    """One line for each sign of failure in a checkpoint's rows of scores and in the logs of its run."""
+    found = []
+    for kind in dict.fromkeys((row["ema"], scored_as(row)) for row in rows):
+        found += _spread([row for row in rows if (row["ema"], scored_as(row)) == kind])
+    if run_dir is not None:
+        found += _no_progress(rows, read_jsonl(run_dir / "scores.jsonl"))
+        found += _other_savings(config, read_jsonl(run_dir / "rounds.jsonl"))
+    return found
+
+
+def mean_distance(rows: Sequence[dict[str, Any]]) -> float:
+    """The mean over the models of one round of their Fréchet distance."""
+    name = distance_name(rows[0])
+    assert name is not None
+    return float(summary(list(rows), name)["mean"])
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[str]:
+    name = distance_name(rows[0])
+    if name is None or len(rows) < 2:
+        return []
+    facts = summary(rows, name)
+    share = facts["deviation"] / facts["mean"] if facts["mean"] else 0.0
+    if share <= WIDE_SPREAD:
+        return []
+    return [
+        f"the clients differ widely in {name}{_which(rows[0])}: deviation {share:.0%} of the mean, client "
+        f"{facts['worst_client']} at {facts['worst']:.1f}; only full and usplit leave all clients one model"
+    ]
+
+
+def _no_progress(rows: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]]) -> list[str]:
+    """For each way of scoring whether the newest rounds are no better than one before them."""
+    found = []
+    for row in {(r["ema"], scored_as(r)): r for r in rows if distance_name(r)}.values():
+        same = [r for r in log if r["ema"] == row["ema"] and scored_as(r) == scored_as(row)]
+        like = [r for r in same if r["round"] <= row["round"]]
+        by_round: dict[int, list[dict[str, Any]]] = {}
+        for other in newest_scores([r for r in like if distance_name(r)]):
+            by_round.setdefault(other["round"], []).append(other)
+        means = [mean_distance(by_round[r]) for r in sorted(by_round)]
+        if len(means) > PATIENCE and min(means[-PATIENCE:]) >= min(means[:-PATIENCE]):
+            found.append(
+                f"{distance_name(row)}{_which(row)} has stopped improving: {min(means[:-PATIENCE]):.1f} before, "
+                f"{min(means[-PATIENCE:]):.1f} at best in the last {PATIENCE} scored rounds"
+            )
+    return found
+
+
+def _other_savings(config: Config, log: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether the run communicated what its plan says; a client that was left out makes the difference, say."""
+    sizes, clients = sizes_of(config), config.federation.clients
+    planned = {plan.round: communicated_parameters(plan, sizes, clients) for plan in plans(config)}
+    wrong = [r for r in log if r["communicated_parameters"] != planned.get(r["round"])]
+    if not wrong:
+        return []
+    first = wrong[0]
+    return [
+        f"savings differ from the plan in {len(wrong)} of {len(log)} rounds, first in round {first['round']}: "
+        f"{first['communicated_parameters']:,} parameters, planned {planned.get(first['round'], 0):,}"
+    ]
+
+
+def _which(row: dict[str, Any]) -> str:
+    return (" of the moving averages" if row["ema"] else "") + (" before the average" if row.get("local") else "")

@@ -1,0 +1,153 @@
+"""Bringing a federation up: each rank opens its clients' images, makes its trainer, goes back to a checkpoint.
+
+Every rank calls these functions; they end in a vote, so that what one rank lacks ends all of them, in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from fdiff import checkpoint
+from fdiff.checkpoint import VISIBLE_S, Committer
+from fdiff.comm import Communicator, agree, exchange_json
+from fdiff.config import Config
+from fdiff.data import Shard, check_labels, open_client_source, open_source
+from fdiff.data import partition as partitions
+from fdiff.errors import UserError, one_line
+from fdiff.federation import snapshot
+from fdiff.federation.client import Client, Trainer
+from fdiff.federation.host import Host
+from fdiff.federation.memory import memory_of_rank, shortage
+from fdiff.federation.validate import has_client_files
+from fdiff.plan import hosted_by
+from fdiff.runtime import free_memory
+
+T = TypeVar("T")
+Labels = dict[int, int]  # images of each label
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """A rank's clients in their host, n_k of all clients, the writer of checkpoints, and what the run folder notes."""
+
+    host: Host
+    images: dict[int, int]
+    committer: Committer
+    setting: dict[str, Any]
+
+
+def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> RankSetup:
+    """The clients that this rank hosts, ready to train. UserError if there are fewer clients than ranks."""
+    clients = config.federation.clients
+    together(comm, lambda: _check_ranks(clients, comm.size))
+    _check_memory(config, comm, device)
+    hosted = hosted_by(comm.rank, clients, comm.size)
+    shards, labels = together(comm, lambda: open_shards(config, hosted, device))
+    setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
+    images = {row["client"]: row["images"] for row in setting["clients"]}
+    members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
+    host = together(comm, lambda: Host(Trainer(config, device, comm.allocate), members, comm.allocate))
+    return RankSetup(host, images, _committer(config, comm), setting)
+
+
+def _setting(
+    comm: Communicator, device: torch.device, shards: Mapping[int, Shard], labels: Sequence[Labels]
+) -> dict[str, Any]:
+    """Where the ranks run and what the clients hold: their numbers of images, and counts of labels where known here."""
+    sizes = [[client, len(shard)] for client, shard in shards.items()]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "device": name}
+    everyone = exchange_json(comm, {**here, "sizes": sizes})
+    clients = [{"client": client, "images": images} for rank in everyone for client, images in rank["sizes"]]
+    for row, counts in zip(clients, labels, strict=False):
+        row["labels"] = counts
+    return {
+        "communicator": comm.name,
+        "ranks": [{fact: rank[fact] for fact in here} for rank in everyone],
+        "clients": clients,
+    }
+
+
+def _check_ranks(clients: int, ranks: int) -> None:
+    if ranks > clients:
+        raise UserError(f"federation.clients: {clients} clients cannot occupy {ranks} ranks; start at most {clients}")
+
+
+def _check_memory(config: Config, comm: Communicator, device: torch.device) -> None:
+    """UserError if what all ranks of a node need, or what this one needs of its GPU, is more than is free."""
+    budget = memory_of_rank(config, comm.rank, comm.size)
+    on_host = budget.host + (budget.device if device.type == "cpu" else 0)
+    everyone = exchange_json(comm, [socket.gethostname(), on_host])
+    here = sum(needed for host, needed in everyone if host == socket.gethostname())
+    cpu = torch.device("cpu")
+    problem = shortage(config, here, free_memory(cpu), f"{socket.gethostname()} for its ranks together")
+    if device.type == "cuda" and not problem:
+        problem = shortage(config, budget.device, free_memory(device), f"the GPU of rank {comm.rank}")
+    agree(comm, UserError(problem) if problem else None)
+
+
+def _committer(config: Config, comm: Communicator) -> Committer:
+    attempt = exchange_json(comm, secrets.token_hex(4))[0]
+    files = range(config.federation.clients) if has_client_files(config) else ()
+    visible_s = min(VISIBLE_S, config.runtime.timeout_s / 2)
+    return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, comm.rank == 0, visible_s)
+
+
+def open_shards(config: Config, clients: range, device: torch.device) -> tuple[list[Shard], list[Labels]]:
+    """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had.
+
+    Also the label counts of all clients where this rank splits one data set among them; none where they are private.
+    """
+    data, labels = config.data, list[Labels]()
+    if data.partition == "private":
+        sources = [open_client_source(data, client, "train") for client in clients]
+        pairs = [(source, np.arange(len(source))) for source in sources]
+    else:
+        source = open_source(data, "train")
+        split = partitions.partition_indices(
+            source.labels, data.partition, config.federation.clients, data.beta, data.seed
+        )
+        labels = partitions.label_counts(source.labels, split)
+        pairs = [(source, split[client]) for client in clients]
+    for source, _ in pairs:
+        check_labels(source, config.model.classes)
+    return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs], labels
+
+
+def resume_from(members: RankSetup, comm: Communicator) -> int:
+    """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet."""
+    host, run_dir = members.host, members.host.trainer.config.run_dir
+    # Rank 0 alone decides which one is whole: two ranks that look for themselves might see two different ones.
+    newest = together(comm, lambda: snapshot.newest_sound(run_dir) if comm.rank == 0 else None)
+    round = exchange_json(comm, newest.round if newest else 0)[0]
+    if round:
+        folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
+        together(comm, lambda: snapshot.restore(folder, host, members.images))
+    return round
+
+
+def on_rank_0(comm: Communicator, work: Callable[[], T]) -> T:
+    """What the work, done on rank 0 alone, comes to, told to every rank as JSON: files may look otherwise from another.
+
+    If it fails, all raise that error.
+    """
+    return exchange_json(comm, together(comm, lambda: work() if comm.rank == 0 else None))[0]
+
+
+def together(comm: Communicator, work: Callable[[], T]) -> T:
+    """Do work on every rank, then vote: if it failed on any, all raise that error."""
+    try:
+        result = work()
+    except Exception as error:
+        agree(comm, one_line(error))
+        raise  # not reached: all ranks have agreed on an error
+    agree(comm)
+    return result

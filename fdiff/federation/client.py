@@ -1,0 +1,193 @@
+"""One client's local training: E epochs of Adam on the Huber loss of the predicted noise (paper, algorithm 1).
+
+A rank has one `Trainer`, its working memory, through which the clients that it hosts pass in turn. What a client
+keeps between rounds (private parts, moving average, Adam moments) is a dict of flat tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fdiff import seeds
+from fdiff.config import Config
+from fdiff.data import Shard, normalise
+from fdiff.errors import RunError
+from fdiff.model import PARTS, Allocate, Buckets, UNet, capture, diffusion, plain
+from fdiff.plan import is_first
+
+
+@dataclass
+class Client:
+    """A client: its images, and its state as it was parked on the host.
+
+    What is `lent` is being written, and left alone: the client is then parked in its `spare` memory.
+    """
+
+    index: int
+    shard: Shard
+    parked: dict[str, Tensor] = field(default_factory=dict)
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    lent: bool = False
+    trained: Tensor | None = None  # its shared parts as it last trained them, where the run keeps them
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of its training in a round: the mean loss of each epoch, images seen, seconds taken."""
+
+    client: int
+    losses: tuple[float, ...]
+    images: int
+    seconds: float
+
+
+def build_model(config: Config) -> UNet:
+    """The UNet with its initial weights, which derive from the seed and are equal on every rank; float32, CPU."""
+    model = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(config.run.seed, "weights"))
+        return UNet(
+            config.data.channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes
+        )
+
+
+class Trainer:
+    """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
+
+    `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
+    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in `buckets`, in
+    memory from `allocate`.
+    """
+
+    def __init__(self, config: Config, device: torch.device, allocate: Allocate = plain) -> None:
+        self.config, self.device = config, device
+        self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
+        self.model = build_model(config)
+        self.buckets = Buckets(self.model, PARTS, allocate).to(device, self.dtype)
+        self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
+        self.working: dict[str, Tensor] = {}
+        if config.optim.ema:
+            self.working["ema"] = self.buckets.flat.clone()
+        self._optimizer = self._make_optimizer()
+        self._noise = torch.Generator(device)
+        self._loss = capture.compiled(diffusion.loss, device)
+        self.denoiser = capture.compiled(self.model, device)
+        self._graph: capture.Graph[Tensor] | None = None
+
+    def _make_optimizer(self) -> torch.optim.Adam:
+        flat = nn.Parameter(self.buckets.flat)
+        flat.grad = self.buckets.grad
+        # On a CPU the fused kernel rounds the last few elements of a tensor otherwise than the rest, so one flat
+        # tensor would train to other last bits than separate ones; the unfused costs little there.
+        on_cpu = self.device.type == "cpu"
+        optimizer = torch.optim.Adam(
+            [flat], lr=self.config.optim.lr, fused=not on_cpu, foreach=on_cpu, capturable=not on_cpu
+        )
+        self._moments = {
+            "step": torch.zeros((), dtype=torch.float32, device=self.device),
+            "exp_avg": torch.zeros_like(self.buckets.flat),
+            "exp_avg_sq": torch.zeros_like(self.buckets.flat),
+        }
+        optimizer.state[flat].update(self._moments)
+        if self.config.federation.keep_optimizer:
+            self.working |= self._moments
+        return optimizer
+
+    def prepare(self, client: Client, round: int) -> None:
+        """Make ready what a client that has entered carries from step to step: its moving average, Adam's moments."""
+        fed = self.config.federation
+        if self.config.optim.ema and is_first(
+            self.config.method, fed.clients, round, self.config.run.seed, fed.fraction, client.index
+        ):
+            self.working["ema"].copy_(self.buckets.flat)  # a client selected late starts from what it received
+        if not fed.keep_optimizer:
+            for moment in self._moments.values():
+                moment.zero_()
+
+    def train(self, client: Client, round: int, tick: Callable[[], object] = lambda: None) -> Report:
+        """Train all parameters for E epochs, after `prepare`; `tick` is called after each step.
+
+        The shuffling and the noise derive from (seed, client, round). RunError if a loss is not finite; it names the
+        step, counted from 1 in the round; and if the last step left parameters that are not. The device is not waited
+        for inside an epoch.
+        """
+        started = time.perf_counter()
+        shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
+        # The same generator each time: a captured step draws from the one that it was captured with.
+        self._noise.manual_seed(seeds.derive(self.config.run.seed, "noise", client.index, round))
+        epochs: list[float] = []
+        for epoch in range(self.config.federation.local_epochs):
+            losses, sizes = [], []
+            for images, labels in self._batches(client.shard, shuffling):
+                losses.append(self.step(images, labels))
+                sizes.append(len(images))
+                tick()
+            epochs.append(_mean_loss(torch.stack(losses), sizes, epoch * len(losses)))
+        if not self.buckets.flat.isfinite().all():
+            raise RunError("the parameters are not finite numbers after the last step")
+        images_seen = len(client.shard) * len(epochs)
+        return Report(client.index, tuple(epochs), images_seen, time.perf_counter() - started)
+
+    def steps(self, clients: Sequence[Client]) -> int:
+        """Optimizer steps that these clients take in a round."""
+        batch = self.config.optim.batch_size
+        return self.config.federation.local_epochs * sum(-(-len(c.shard) // batch) for c in clients)
+
+    def _batches(self, shard: Shard, shuffling: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(shard), generator=shuffling)
+        return shard.batches(order, self.config.optim.batch_size)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device.
+
+        On a GPU a replay of the captured step, but for short batches.
+        """
+        if len(images) != self.config.optim.batch_size or not capture.can_capture(self.device):
+            return self._step(images, labels)
+        if self._graph is None:
+            self._batch = images.clone(), labels.clone()
+            state = [self.buckets.flat, *self._moments.values(), *self.working.values()]
+            self._graph = capture.Graph(lambda: self._step(*self._batch), state, self._noise)
+        for memory, values in zip(self._batch, (images, labels), strict=True):
+            memory.copy_(values)
+        return self._graph.replay().clone()
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        x0 = normalise(images, self.dtype)
+        t = torch.randint(self.schedule.timesteps, (len(x0),), generator=self._noise, device=self.device)
+        # Drawn in float32 whatever the precision, so that a float64 run sees the same noise.
+        epsilon = torch.randn(x0.shape, generator=self._noise, device=self.device).to(self.dtype)
+        self.buckets.grad.zero_()
+        with self.autocast():
+            loss = self._loss(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
+        loss.backward()
+        self._optimizer.step()
+        if self.config.optim.ema:
+            self.working["ema"].lerp_(self.buckets.flat, 1 - self.config.optim.ema)
+        return loss.detach()
+
+    def labels(self, labels: Tensor | None) -> Tensor | None:
+        """The labels, if the model is conditioned on them."""
+        return labels if self.config.model.classes else None
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """bf16 arithmetic under that precision; otherwise nothing."""
+        if self.config.runtime.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _mean_loss(losses: Tensor, sizes: list[int], steps_before: int) -> float:
+    """Mean over the images of an epoch's step losses (steps,); RunError names the first that is not finite."""
+    finite = losses.isfinite().cpu()
+    if not finite.all():
+        step = int(finite.int().argmin())
+        raise RunError(f"step {steps_before + step + 1}: the loss is {losses[step].item()}, not a finite number")
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    return float((losses.double().cpu() * weights).sum() / weights.sum())

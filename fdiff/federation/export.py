@@ -1,0 +1,99 @@
+"""A model for others: its weights by parameter name in a safetensors file, with all that is needed to rebuild it.
+
+`load_model` needs nothing but the file. No run, no ranks, no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from fdiff import __version__
+from fdiff.config import Config, from_dict, to_dict
+from fdiff.errors import UserError, one_line
+from fdiff.federation.client import build_model
+from fdiff.federation.snapshot import Saved, private_parts
+from fdiff.federation.validate import layout_for
+from fdiff.model import PARTS, Buckets, UNet
+
+FORMAT = "fdiff/1"
+
+
+def check_choice(saved: Saved, client: int | None, ema: bool) -> None:
+    """UserError unless the checkpoint has the model of this client (None: of all clients), or its moving average."""
+    clients, own = saved.config.federation.clients, bool(private_parts(saved.config))
+    if own and (client is None or not 0 <= client < clients):
+        raise UserError(
+            f"--client: {client} is not valid; with {saved.config.method} each client has its own model: 0 to "
+            f"{clients - 1}"
+        )
+    if client is not None and not own:
+        raise UserError(f"--client: {client} is not valid; {saved.config.method} has one model for all clients")
+    if ema and not saved.has_ema:
+        raise UserError(f"--ema: {saved.path} has no moving averages; train with --optim.ema, or leave it out")
+
+
+def save_model(path: Path, saved: Saved, client: int | None, ema: bool) -> None:
+    """Write a model of a checkpoint, as `Saved.parameters` tells which; the file appears only when complete.
+
+    UserError if the path cannot be written.
+    """
+    model = build_model(saved.config)
+    parameters = saved.parameters(client, ema)
+    Buckets(model, PARTS).to("cpu", parameters.dtype).flat.copy_(parameters)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(to_dict(saved.config)),
+        "round": str(saved.round),
+        "client": "global" if client is None else str(client),
+        "ema": str(ema).lower(),
+        "fdiff_version": __version__,
+    }
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A client's own model is its owner's alone, here as in its checkpoint.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        save_file(weights, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); give another file") from None
+
+
+def load_model(path: Path) -> tuple[UNet, Config]:
+    """The model, on the CPU in the precision it was saved in, and the configuration of its run.
+
+    UserError if the file is not one of `save_model`, or does not hold the model that it describes.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, file.keys()
+            found = {n: (tuple(file.get_slice(n).get_shape()), file.get_slice(n).get_dtype()) for n in names}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); export the checkpoint again") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: has format {metadata.get('format')}, expected {FORMAT}; make it by fdiff export")
+    config = _config_of(path, metadata)
+    dtypes = {dtype for _, dtype in found.values()}
+    expected = {slot.name: slot.shape for slot in layout_for(config)}  # before memory is taken for the model
+    if {name: shape for name, (shape, _) in found.items()} != expected or dtypes not in ({"F32"}, {"F64"}):
+        raise UserError(f"{path}: its weights are not those of the model that it describes; export it again")
+    model, weights = build_model(config), load_file(path)
+    model.to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights, strict=False)  # buffers are constants, and not in the file
+    return model, config
+
+
+def _config_of(path: Path, metadata: Mapping[str, str]) -> Config:
+    try:
+        return from_dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # a UserError is a ValueError
+        raise UserError(f"{path}: its configuration is not valid ({one_line(error)}); export it again") from None

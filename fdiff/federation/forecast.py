@@ -1,0 +1,111 @@
+"""What a run will communicate, known before it starts: parameters by part, N, saving, bytes on the wire, time.
+
+Trains nothing and needs no data set: everything follows from the plan and from the model's layout.
+
+Time is that of the busiest link, phase by phase (see `schedule`): each rank has one of its own, which carries both
+directions at once. What the processors need to copy and to add is not in it, nor that phases may overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fdiff.comm import PHASES, loads
+from fdiff.config import Config
+from fdiff.federation.client import build_model
+from fdiff.model import PARTS, layout_of, part_sizes
+from fdiff.plan import SHARED_PARTS, RoundPlan, communicated_parameters, plan_round, reporting_ranks, wire_bytes
+
+GOODPUT = 1448 / 1538  # of a link: what TCP over IPv4 leaves of an Ethernet frame of 1500 bytes and the gap behind it
+
+
+def sizes_of(config: Config) -> dict[str, int]:
+    """Parameters of each part of the configured model; takes no memory for them."""
+    with torch.device("meta"):
+        return part_sizes(layout_of(build_model(config), PARTS))
+
+
+def itemsize(config: Config) -> int:
+    """Bytes of a parameter."""
+    return 8 if config.runtime.precision == "float64" else 4
+
+
+def plans(config: Config) -> list[RoundPlan]:
+    """The plans of all rounds."""
+    fed, seed = config.federation, config.run.seed
+    return [plan_round(config.method, fed.clients, r, seed, fed.fraction) for r in range(1, fed.rounds + 1)]
+
+
+def forecast_run(config: Config, ranks: int, bandwidth: float | None = None) -> dict[str, Any]:
+    """The whole run's communication on so many ranks, as `fdiff plan --json` prints it.
+
+    With the bandwidth of a rank's link, in Mbit/s, also the time of the collectives, as `seconds` of each round.
+    """
+    sizes, clients = sizes_of(config), config.federation.clients
+    rounds = [
+        {
+            "round": plan.round,
+            "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
+            "parameters": communicated_parameters(plan, sizes, clients),
+            "wire_bytes": wire_bytes(plan, sizes, clients, ranks, itemsize(config)),
+            **({"seconds": seconds(plan, config, sizes, ranks, bandwidth)} if bandwidth else {}),
+        }
+        for plan in plans(config)
+    ]
+    moved, full = sum(r["parameters"] for r in rounds), _parameters_of_full(config, sizes)
+    return {
+        "parameters": {**sizes, "total": sum(sizes.values())},
+        "communicated_parameters": moved,
+        "communicated_parameters_full": full,
+        "saving": 1 - moved / full,
+        "wire_bytes": sum(r["wire_bytes"] for r in rounds),
+        "rounds": rounds,
+    }
+
+
+def seconds(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int, bandwidth: float) -> float:
+    """Time of a round's collectives if every rank's link has so many Mbit/s."""
+    clients, elements = config.federation.clients, 0
+    segments = [
+        (sum(sizes[part] for part in parts), reporting_ranks(reporters, clients, ranks))
+        for parts, reporters in plan.segments()
+    ]
+    if config.runtime.reduction == "ordered":  # each sum is passed on from rank to rank, then delivered
+        for size, those in segments:
+            elements += (len(those) - 1) * size + _busiest([(size, those[-1:])], ranks)
+    else:
+        elements = _busiest(segments, ranks)
+    return elements * itemsize(config) * 8 / (bandwidth * 1e6 * GOODPUT)
+
+
+def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
+    """Elements over the busiest link, phase by phase, of sums of so many elements over those ranks, all at once."""
+    total = [[[0, 0] for _ in range(ranks)] for _ in range(PHASES)]
+    for size, reporters in segments:
+        receivers = sorted(set(range(ranks)) - set(reporters))
+        for rank, phases in loads(size, reporters, receivers).items():
+            for at, (sent, received) in enumerate(phases):
+                total[at][rank][0] += sent
+                total[at][rank][1] += received
+    return sum(max(max(link) for link in phase) for phase in total)
+
+
+def _parameters_of_full(config: Config, sizes: Mapping[str, int]) -> int:
+    full = replace(config, method="full")
+    return sum(communicated_parameters(plan, sizes, config.federation.clients) for plan in plans(full))
+
+
+def methods_table(config: Config, ranks: int) -> str:
+    """A line for each method: what it shares, N, saving against FULL, bytes on the wire on so many ranks."""
+    lines = [f"{'method':8} {'shared parts':28} {'N (parameters)':>15} {'saving':>7} {'wire bytes':>15}"]
+    for method, parts in SHARED_PARTS.items():
+        cost = forecast_run(replace(config, method=method), ranks)
+        lines.append(
+            f"{method:8} {', '.join(parts):28} {cost['communicated_parameters']:>15,} {cost['saving']:>7.1%} "
+            f"{cost['wire_bytes']:>15,}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""The memory that a rank needs, known before it starts: exact where tensors are kept, a lower bound where they pass.
+
+What the clients keep between rounds lives on the host, so the device's part does not depend on their number. Images
+are not counted: `data.in_memory` decides on them by what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fdiff.config import Config
+from fdiff.federation.client import build_model
+from fdiff.federation.forecast import itemsize, sizes_of
+from fdiff.model import diffusion
+from fdiff.plan import SHARED_PARTS, hosted_by
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank.
+
+    On the device: `model` (parameters, gradients, Adam's moments and a moving average), `shared` (second copies of the
+    shared parts, and of what a failed client gets back), `activations` of a training step. On the host: `clients`, what
+    its clients keep and what is being written of it, and `checkpoint`, what rank 0 writes of the shared parts.
+    """
+
+    model: int
+    shared: int
+    activations: int
+    clients: int
+    checkpoint: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device, for any number of clients."""
+        return self.model + self.shared + self.activations
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host beside what the libraries take."""
+        return self.clients + self.checkpoint
+
+
+def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
+    """The memory of one of so many ranks. Rank 0 hosts as many clients as any, and writes the shared parts besides."""
+    sizes, size = sizes_of(config), itemsize(config)
+    total, shared = sum(sizes.values()), sum(sizes[part] for part in SHARED_PARTS[config.method])
+    ema, kept = bool(config.optim.ema), config.federation.keep_optimizer
+    hosted = len(hosted_by(rank, config.federation.clients, ranks))
+    state = total - shared + (ema + 2 * kept) * total  # of a client: private parts, moving average, moments
+    held = 2 * hosted - 1  # as it is, and as it is being written; but the last one to train is still in the trainer
+    drops = config.federation.on_client_failure == "drop"
+    second = (2 + drops) * (hosted > 1) + ema
+    return Memory(
+        model=(4 + ema) * total * size,
+        shared=(second * shared + drops * state) * size,
+        activations=activations(config),
+        clients=held * state * size,
+        checkpoint=(1 + ema) * shared * size if rank == 0 else 0,
+    )
+
+
+def activations(config: Config) -> int:
+    """Bytes that a training step keeps for its backward pass; its peak is somewhat higher. Takes no memory itself."""
+    data, batch = config.data, config.optim.batch_size
+    counted = replace(config, model=replace(config.model, classes=0))
+    storages: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        model = build_model(counted)
+        x = torch.zeros(batch, data.channels, data.image_side, data.image_side)
+        t = torch.zeros(batch, dtype=torch.int64)
+        schedule = diffusion.make_schedule(config.diffusion, torch.float32, "meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        diffusion.loss(model, schedule, x, t, x)
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    width = {"bf16": 0.5, "float64": 2.0}.get(config.runtime.precision, 1.0)
+    return int(width * sum(s.untyped_storage().nbytes() for key, s in storages.items() if key not in parameters))
+
+
+def shortage(config: Config, needed: int, free: int, where: str) -> str | None:
+    """Why a job that needs so many bytes at least cannot run where so many are free, and what to change; or None."""
+    if needed <= free:
+        return None
+    return (
+        f"optim.batch_size, federation.clients: this job needs at least {needed / GIB:.1f} GiB on {where}, where "
+        f"{free / GIB:.1f} GiB are free; lower optim.batch_size (now {config.optim.batch_size}) or model.dim, or "
+        f"spread the {config.federation.clients} clients over more nodes"
+    )

@@ -1,0 +1,144 @@
+"""Sampling over all ranks: whose model draws which images, the same ones for any number of ranks.
+
+The work is cut into batches whose make-up does not follow the ranks: image i of a model starts from the noise of
+seed i, in the same batch, wherever it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fdiff import seeds
+from fdiff.comm import Communicator, agree, gather
+from fdiff.config import Config, SampleConfig
+from fdiff.errors import one_line
+from fdiff.federation.client import Trainer
+from fdiff.model import diffusion
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images [first, last) of one model: that of a client, or the global one (None), drawn by a rank."""
+
+    model: int | None
+    first: int
+    last: int
+    rank: int
+
+
+def batches(
+    models: Sequence[int | None], images: int, sample: SampleConfig, rank_of: Callable[[int], int], ranks: int
+) -> list[Batch]:
+    """Cut `images` images of each model into batches; a client's go to its host, the global model's to all in turn."""
+    cut: list[Batch] = []
+    for model in models:
+        for i, first in enumerate(range(0, images, sample.batch_size)):
+            rank = i % ranks if model is None else rank_of(model)
+            cut.append(Batch(model, first, min(first + sample.batch_size, images), rank))
+    return cut
+
+
+def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = iter) -> Tensor:
+    """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device.
+
+    `progress` wraps the iteration over the sampling steps.
+    """
+    data, model = config.data, trainer.model
+    indices = torch.arange(batch.first, batch.last, device=trainer.device)
+    labels = indices % config.model.classes if config.model.classes else None
+    model.eval()
+    try:
+        with trainer.autocast():
+            x = diffusion.sample(
+                trainer.denoiser,
+                diffusion.make_sampler(config.diffusion, config.sample),
+                seeds.derive(config.run.seed, "sampling"),
+                indices,
+                (data.channels, data.image_side, data.image_side),
+                trainer.dtype,
+                labels,
+                progress,
+            )
+    finally:
+        model.train()
+    return diffusion.to_uint8(x)
+
+
+@contextmanager
+def progress_bar(
+    comm: Communicator, mine: Sequence[Batch], title: str, check: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[Batch], Progress]]:
+    """Inside the block: the `progress` of each of this rank's batches, which calls `check` before every step.
+
+    On rank 0, where a person watches, a bar shows images/s; a step of a batch counts as its share of the images.
+    """
+    images = sum(batch.last - batch.first for batch in mine)
+    hidden = None if comm.rank == 0 else True  # None: where stderr is no terminal
+    with tqdm(total=images, desc=title, unit=" images", bar_format=BAR, leave=False, disable=hidden) as bar:
+
+        def progress_of(batch: Batch) -> Progress:
+            def progress(steps: Iterable[int]) -> Iterator[int]:
+                steps = list(steps)
+                for step in steps:
+                    check()
+                    yield step
+                    bar.update((batch.last - batch.first) / len(steps))
+
+            return progress
+
+        yield progress_of
+
+
+def gather_images(comm: Communicator, cut: Sequence[Batch], drawn: Sequence[Tensor], empty: Tensor) -> Tensor | None:
+    """On rank 0 the images of all batches, in the order of `cut`: uint8 (n, C, S, S), on the CPU; elsewhere None.
+
+    `drawn` are this rank's, in the order of its batches in `cut`; `empty` (0, C, S, S) stands for none.
+    """
+    with comm.ledger.purpose("pictures"):
+        return gather_in_order(comm, cut, torch.cat([empty, *drawn]))
+
+
+def gather_in_order(comm: Communicator, cut: Sequence[Batch], mine: Tensor) -> Tensor | None:
+    """On rank 0 a row of each image of all batches, in the order of `cut`, on the CPU; elsewhere None.
+
+    `mine` (m, ...) are the rows of this rank's images, in the order of its batches in `cut`.
+    """
+    by_rank = gather(comm, mine)
+    if comm.rank != 0:
+        return None
+    taken = [0] * comm.size
+    ordered = []
+    for batch in cut:
+        start = taken[batch.rank]
+        taken[batch.rank] += batch.last - batch.first
+        ordered.append(by_rank[batch.rank][start : taken[batch.rank]])
+    return torch.cat(ordered)
+
+
+def empty_images(config: Config, device: torch.device) -> Tensor:
+    """No images: uint8 (0, C, S, S)."""
+    data = config.data
+    return torch.empty((0, data.channels, data.image_side, data.image_side), dtype=torch.uint8, device=device)
+
+
+def draw_all(comm: Communicator, trainer: Trainer, config: Config, images: int) -> Tensor | None:
+    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them."""
+    cut = batches([None], images, config.sample, lambda _: 0, comm.size)
+    mine = [b for b in cut if b.rank == comm.rank]
+    drawn, error = [], None
+    try:
+        with progress_bar(comm, mine, "sampling") as progress_of:
+            drawn = [draw(trainer, config, batch, progress_of(batch)) for batch in mine]
+    except Exception as failure:
+        error = one_line(failure, "sampling")
+    agree(comm, error)
+    return gather_images(comm, cut, drawn, empty_images(config, trainer.device))

@@ -1,0 +1,106 @@
+"""What a checkpoint must hold by its own configuration, and whether it does: asked before memory is taken for a model.
+
+`checkpoint.inspect` finds out whether files are what was written; this module, whether that is a whole federation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdiff import checkpoint
+from fdiff.checkpoint import Damaged, Examined
+from fdiff.config import Config, from_dict
+from fdiff.errors import UserError
+from fdiff.federation.client import build_model
+from fdiff.model import PARTS, Slot, layout_of, part_sizes
+from fdiff.plan import SHARED_PARTS
+
+Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
+
+
+def has_client_files(config: Config) -> bool:
+    """Whether a client has anything of its own to save."""
+    own = config.optim.ema or config.federation.keep_optimizer or config.run.keep_local
+    return len(SHARED_PARTS[config.method]) < len(PARTS) or bool(own)
+
+
+def private_parts(config: Config) -> tuple[str, ...]:
+    """The parts that never leave a client."""
+    return tuple(p for p in PARTS if p not in SHARED_PARTS[config.method])
+
+
+def find_problems(path: Path, found: Mapping[str, Examined] | None = None) -> list[str]:
+    """A line for each thing that is wrong with a checkpoint, none if a run can go on from it.
+
+    `found` is what `checkpoint.inspect` makes of it, if that is known already.
+    """
+    found = checkpoint.inspect(path) if found is None else found
+    if damage := [problem for file in found.values() for problem in file.problems]:
+        return damage
+    header = found[checkpoint.GLOBAL].header
+    try:
+        config = check_global(path, header, found[checkpoint.GLOBAL].datasets)
+        if checkpoint.round_of(path) not in (None, header["round"]):
+            raise Damaged(f"{path}: holds round {header['round']}; give it its name back")
+        for index in range(config.federation.clients) if has_client_files(config) else ():
+            name = checkpoint.client_file(index)
+            if name not in found:
+                raise Damaged(f"{path / name}: is missing; use another checkpoint")
+            check_client(path / name, config, found[name].datasets)
+    except Damaged as error:
+        return [str(error)]
+    return []
+
+
+def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> Config:
+    """The configuration of a checkpoint whose global.h5 has this header and these datasets; Damaged if they misfit."""
+    file = path / checkpoint.GLOBAL
+    if missing := [k for k in ("config", "layout", "round", "images") if k not in header]:
+        raise Damaged(f"{file}: its header has no {missing[0]}; use another checkpoint")
+    try:
+        config = from_dict(header["config"])
+    except (UserError, TypeError, ValueError) as error:
+        raise Damaged(f"{file}: its configuration is not valid ({error}); use the fdiff that made it") from error
+    if type(header["round"]) is not int or header["round"] < 1:
+        raise Damaged(f"{file}: says that it is of round {header['round']!r}; use another checkpoint")
+    layout = layout_for(config)
+    if header["layout"] != checkpoint.layout_table(layout):
+        raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")
+    sizes = part_sizes(layout)
+    for kind in ("parts", *(["ema"] if any(name.startswith("ema/") for name in datasets) else [])):
+        for part in SHARED_PARTS[config.method]:
+            _check_shape(file, f"{kind}/{part}", (sizes[part],), config, datasets)
+    return config
+
+
+def check_client(file: Path, config: Config, datasets: Datasets) -> None:
+    """Damaged if a client's file lacks what this configuration has it keep."""
+    sizes = part_sizes(layout_for(config))
+    for part in private_parts(config):
+        _check_shape(file, f"private/{part}", (sizes[part],), config, datasets)
+    moments = ("exp_avg", "exp_avg_sq") if config.federation.keep_optimizer else ()
+    for name in (*(("ema",) if config.optim.ema else ()), *moments):
+        _check_shape(file, name, (sum(sizes.values()),), config, datasets)
+    if moments and datasets.get("step") != ((), "float32"):
+        raise Damaged(f"{file}: has no number of steps; use another checkpoint")
+    if "local" in datasets:
+        _check_shape(file, "local", (sum(sizes[part] for part in SHARED_PARTS[config.method]),), config, datasets)
+
+
+def layout_for(config: Config) -> tuple[Slot, ...]:
+    """The layout of the configured model, found without memory for its parameters."""
+    with torch.device("meta"):
+        return layout_of(build_model(config), PARTS)
+
+
+def _check_shape(file: Path, name: str, shape: tuple[int, ...], config: Config, datasets: Datasets) -> None:
+    dtype = "float64" if config.runtime.precision == "float64" else "float32"
+    if name not in datasets:
+        raise Damaged(f"{file}: has no dataset {name}; use another checkpoint")
+    if datasets[name] != (shape, dtype):
+        held = " ".join(map(str, reversed(datasets[name])))
+        raise Damaged(f"{file}: {name} is {held}, its configuration needs {dtype} {shape}; use another checkpoint")

@@ -1,0 +1,25 @@
+"""The model and the arithmetic of diffusion: a UNet in three parts, in flat buckets, on one device.
+
+Open `unet.py` first (the paper's network), then `diffusion.py` (the schedule, the loss, sampling) and `buckets.py`
+(each part's parameters as one flat tensor). Knows no ranks and no files.
+"""
+
+from __future__ import annotations
+
+from fdiff.model.buckets import Allocate, Buckets, Slot, layout_of, part_sizes, plain
+from fdiff.model.diffusion import alphas_cumprod
+from fdiff.model.unet import PARTS, Encoder, LinearAttention, UNet
+
+__all__ = [
+    "Allocate",
+    "Buckets",
+    "Encoder",
+    "LinearAttention",
+    "PARTS",
+    "Slot",
+    "UNet",
+    "alphas_cumprod",
+    "layout_of",
+    "part_sizes",
+    "plain",
+]

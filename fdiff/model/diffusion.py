@@ -1,0 +1,141 @@
+"""The diffusion process in the symbols of the papers: schedule, forward noising, loss, and the samplers.
+
+Ho et al. (2020) for the process and its ancestral sampling, Song et al. (2021) for DDIM; the settings (linear β,
+Huber loss, fixed posterior variance) are FedDiffuse's (arXiv 2406.12575). Nothing here knows of clients or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdiff.config import DiffusionConfig, SampleConfig
+from fdiff.model.capture import Graph, can_capture
+from fdiff.model.noise import normal
+
+Denoiser = Callable[..., Tensor]  # (x (B, C, S, S), t (B,), labels (B,) | None) -> predicted noise (B, C, S, S)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Square roots of ᾱ_t and 1 - ᾱ_t, (T,) each, on one device; computed in float64, then rounded once."""
+
+    sqrt_ac: Tensor
+    sqrt_one_minus_ac: Tensor
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return len(self.sqrt_ac)
+
+
+def alphas_cumprod(config: DiffusionConfig) -> Tensor:
+    """ᾱ_t = Π (1 - β_s) for a linear β with both ends included; (T,) float64."""
+    betas = torch.linspace(config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64)
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def make_schedule(config: DiffusionConfig, dtype: torch.dtype, device: torch.device | str) -> Schedule:
+    """The schedule's tensors in the given dtype on the device."""
+    ac = alphas_cumprod(config)
+    return Schedule(ac.sqrt().to(device, dtype), (1.0 - ac).sqrt().to(device, dtype))
+
+
+def add_noise(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = √ᾱ_t x0 + √(1-ᾱ_t) ε for x0 and ε (B, C, S, S) and t (B,) int64 in [0, T) (Ho et al., eq. 4)."""
+    shape = (-1, 1, 1, 1)
+    return schedule.sqrt_ac[t].view(shape) * x0 + schedule.sqrt_one_minus_ac[t].view(shape) * noise
+
+
+def loss(
+    model: Denoiser, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    """Mean Huber loss (threshold 1) between the true and the predicted noise; a tensor without dimensions."""
+    return F.smooth_l1_loss(model(add_noise(schedule, x0, t, noise), t, labels), noise)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Every sampling step as one line: x ← a·x̂0 + b·x + s·z with x̂0 = p·x - q·ε̂, clamped to [-1, 1] if `clip`.
+
+    `t` and the coefficients are (S,) float64 on the CPU, in the order in which the steps are taken.
+    """
+
+    t: Tensor
+    p: Tensor
+    q: Tensor
+    a: Tensor
+    b: Tensor
+    s: Tensor
+    clip: bool
+
+
+def make_sampler(diffusion: DiffusionConfig, sample: SampleConfig) -> Sampler:
+    """The table of steps of DDPM's ancestral sampling (T steps) or of DDIM with η = 0 (`sample.steps`)."""
+    ac = alphas_cumprod(diffusion)
+    ddim = sample.sampler == "ddim"
+    steps = sample.steps if ddim else diffusion.timesteps
+    t = torch.linspace(diffusion.timesteps - 1, 0, steps, dtype=torch.float64).round().long()
+    ac_t = ac[t]
+    ac_prev = torch.cat((ac_t[1:], torch.ones(1, dtype=torch.float64)))
+    coefficients = _ddim(ac_t, ac_prev) if ddim else _ddpm(ac_t, ac_prev)
+    return Sampler(t, ac_t.rsqrt(), ((1 - ac_t) / ac_t).sqrt(), *coefficients, clip=sample.clip)
+
+
+def _ddpm(ac: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of q(x_{t-1} | x_t, x0) and its deviation, which is 0 at the last step (Ho et al., eq. 6 and 7)."""
+    alpha = ac / ac_prev
+    beta = 1 - alpha
+    variance = beta * (1 - ac_prev) / (1 - ac)
+    return ac_prev.sqrt() * beta / (1 - ac), alpha.sqrt() * (1 - ac_prev) / (1 - ac), variance.sqrt()
+
+
+def _ddim(ac: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_{t-1} = √ᾱ' x̂0 + √(1-ᾱ') ε̂ with ε̂ = (x - √ᾱ x̂0) / √(1-ᾱ) (Song et al., eq. 12 with σ = 0)."""
+    b = ((1 - ac_prev) / (1 - ac)).sqrt()
+    return ac_prev.sqrt() - b * ac.sqrt(), b, torch.zeros_like(ac)
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    sampler: Sampler,
+    key: int,
+    images: Tensor,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.float32,
+    labels: Tensor | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Tensor:
+    """Draw the images with the given indices (B,) int64, on whose device it runs: (B, C, S, S), about [-1, 1].
+
+    Image i starts from the noise of (key, i) and meets the same noise in any batch and on any rank.
+    `progress` wraps the iteration over the steps, e.g. in a bar. On a GPU a step is captured, then replayed.
+    """
+    x = normal(key, images, 0, shape).to(dtype)
+    i = torch.zeros(1, dtype=torch.int64, device=images.device)  # on the device, where a captured step counts it
+    times = sampler.t.to(images.device)
+    table = torch.stack((sampler.p, sampler.q, sampler.a, sampler.b, sampler.s), dim=1).to(images.device, dtype)
+    stochastic = bool(sampler.s.any())
+
+    def step() -> None:
+        t, (p, q, a, b, s) = times.index_select(0, i), table.index_select(0, i).unbind(1)  # (1,) each
+        noise = model(x, t.expand(len(images)), labels)
+        x0 = p * x - q * noise
+        mean = a * (x0.clamp(-1, 1) if sampler.clip else x0) + b * x
+        x.copy_(mean + s * normal(key, images, i + 1, shape).to(dtype) if stochastic else mean)
+        i.add_(1)
+
+    advance = Graph(step, (x, i)).replay if can_capture(images.device) else step
+    for _ in progress(range(len(sampler.t))):
+        advance()
+    return x
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] (clamped) → uint8 0 to 255, same shape."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,23 @@
+"""Where a process runs: its launcher and rank, its device, the signals that ask it to stop.
+
+The only room that reads the environment. Open `launcher.py` first: one table of all launchers' variables.
+"""
+
+from __future__ import annotations
+
+from fdiff.runtime.device import choose_device, default_threads, free_memory, set_up, visible_gpus
+from fdiff.runtime.launcher import Launch, Rendezvous, cache_folder
+from fdiff.runtime.signals import Stop, heeding_signals
+
+__all__ = [
+    "Launch",
+    "Rendezvous",
+    "Stop",
+    "cache_folder",
+    "choose_device",
+    "default_threads",
+    "free_memory",
+    "heeding_signals",
+    "set_up",
+    "visible_gpus",
+]

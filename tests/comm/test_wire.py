@@ -1,0 +1,140 @@
+"""What really crosses the wire: four ranks in four network namespaces, the kernel's counters against the plan."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jobs import ROOT, arrays, clean_env, execute, torchrun
+from mpis import find
+
+from fdiff.bench import wire
+from fdiff.bench.network import INTERFACE, Network, network, why_not
+from fdiff.comm import SoloCommunicator
+from fdiff.config import FederationConfig, preset
+from fdiff.federation.forecast import forecast_run
+from fdiff.plan import SHARED_PARTS
+from fdiff.runtime import launcher
+
+RANKS = 4
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+FLAGS = """--preset fmnist --federation.clients 4 --federation.rounds 3 --federation.local_epochs 1
+    --data.dataset embedded --data.limit 8 --data.image_side 8 --sample.every 0 --run.checkpoint_every 3
+    --runtime.threads 1 --runtime.timeout_s 120""".split()
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Network]:
+    """Four namespaces, joined by a bridge."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(network(RANKS))
+        except OSError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        yield made
+
+
+def sent(net: Network) -> int:
+    """Bytes that all interfaces together have sent, headers included."""
+    return sum(net.sent(rank) for rank in range(RANKS))
+
+
+def run_in(net: Network, method: str, port: int, cwd: Path) -> int:
+    """Train with one rank in each namespace; the bytes that all interfaces together sent."""
+    before = sent(net)
+    ranks = []
+    for rank in range(RANKS):
+        env = launcher.environment_of(rank, RANKS, net.address(0), port, INTERFACE, clean_env())
+        command = [sys.executable, "-m", "fdiff", "train", *FLAGS, "--method", method, "--run.dir", method]
+        inside = net.inside(rank, *command)
+        ranks.append(subprocess.Popen(inside, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    printed = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * RANKS, printed
+    return sent(net) - before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the runs go."""
+    return tmp_path_factory.mktemp("wire")
+
+
+@pytest.fixture(scope="module")
+def measured(net, folder) -> dict[str, int]:
+    """Bytes sent by method."""
+    return {method: run_in(net, method, 29_700 + i, folder) for i, method in enumerate(SHARED_PARTS)}
+
+
+def planned(method: str) -> int:
+    from dataclasses import replace
+
+    federation = FederationConfig(clients=4, rounds=3, local_epochs=1)
+    return forecast_run(replace(preset("fmnist"), method=method, federation=federation), RANKS)["wire_bytes"]
+
+
+@pytest.mark.parametrize("method", SHARED_PARTS)
+def test_the_interfaces_count_what_the_plan_says(measured, method):
+    print(f"{method}: {measured[method]:,} bytes sent, {planned(method):,} planned")
+    assert planned(method) <= measured[method] <= 1.03 * planned(method)
+
+
+def test_usplit_moves_two_thirds_of_full(measured):
+    assert abs(measured["usplit"] / measured["full"] - 2 / 3) < 0.02
+
+
+def test_ranks_of_one_node_which_read_each_others_memory_get_the_same_bits(measured, folder):
+    torchrun(RANKS, "train", *FLAGS, "--method", "usplit", "--run.dir", "one-node", cwd=folder).check()
+    by_wire, by_memory = (arrays(folder / run, 3) for run in ("usplit", "one-node"))
+    assert by_wire.keys() == by_memory.keys() and by_wire
+    for name, values in by_wire.items():
+        assert np.array_equal(values, by_memory[name]), name
+
+
+# --- the same under mpirun, whose ranks go into the namespaces one by one --------------------------------------------
+
+MPI_CASES = [("openmpi", "usplit"), ("mpich", "full")]
+INTO_NAMESPACE = """#!/bin/sh
+exec ip netns exec {prefix}${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}} "$@"
+"""
+TCP_ONLY = {  # neither may notice that its ranks share a node, and use its memory
+    "openmpi": ["--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "eth0", "--pmixmca", "ptl_tcp_if_include"],
+    "mpich": ["-genv", "MPIR_CVAR_NOLOCAL", "1", "-genv", "UCX_TLS", "tcp,self", "-genv", "UCX_NET_DEVICES", "eth0"],
+}
+
+
+@pytest.mark.parametrize("name, method", MPI_CASES)
+def test_under_mpirun_over_tcp_the_interfaces_count_what_the_plan_says(name, method, net, tmp_path):
+    mpi = find(name)
+    wrapper = tmp_path / "into-namespace"
+    wrapper.write_text(INTO_NAMESPACE.format(prefix=net.namespaces[0][:-1]))
+    wrapper.chmod(0o755)
+    options = [*TCP_ONLY[name], *([net.bridge] if name == "openmpi" else [])]
+    train = [mpi.python, "-m", "fdiff", "train", *FLAGS, "--method", method, "--run.dir", "run"]
+    before = sent(net)
+    command = [*mpi.mpirun, *options, "-n", RANKS, wrapper, *train]
+    execute(command, tmp_path, env=clean_env(PYTHONPATH=str(ROOT))).check()
+    measured = sent(net) - before
+    print(f"{name}, {method}: {measured:,} bytes sent, {planned(method):,} planned")
+    assert planned(method) <= measured <= 1.03 * planned(method)
+
+
+# --- over slow links -------------------------------------------------------------------------------------------------
+
+
+def test_bench_wire_counts_the_plans_bytes_on_a_slow_network(monkeypatch):
+    """Headers apart, and votes and reports included. What its clocks say decides nothing here."""
+    monkeypatch.setattr(wire, "RANKS", (2,))
+    monkeypatch.setattr(wire, "MBIT_PER_S", (1000.0,))
+    results = wire.run(preset("fmnist"), SoloCommunicator(), torch.device("cpu"))
+    assert len(results) == 3 * len(SHARED_PARTS)
+    sizes = {r.name: r.ratio for r in results if r.name.endswith("bytes a round")}
+    assert len(sizes) == len(SHARED_PARTS) and all(1 <= ratio <= 1.01 for ratio in sizes.values()), sizes

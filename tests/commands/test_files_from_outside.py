@@ -1,0 +1,139 @@
+"""Configurations and exported models as a stranger may have made them: refused in one line, without taking memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fdiff import config as cfg
+from fdiff import load_model
+from fdiff.commands.config_file import MAX_BYTES, apply_config_file
+from fdiff.config import Config, to_dict
+from fdiff.errors import LINE, RunError, UserError, one_line
+from fdiff.federation import export
+from fdiff.federation.client import build_model
+
+BOMB = "method:\n" + "\n".join(f" a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9))
+YAML = {
+    "no such day": ("run: {dir: 2001-99-99}", "month must be in"),
+    "no whole number": ("federation: {rounds: !!int abc}", "is not YAML"),
+    "no number": ("optim: {lr: !!float x}", "is not YAML"),
+    "no binary number": ("federation: {rounds: 0b_}", "is not YAML"),
+    "no truth": ("federation: {keep_optimizer: !!bool foo}", "is not YAML"),
+    "no time": ("run: {dir: !!timestamp foo}", "is not YAML"),
+    "vast number": ("federation: {rounds: " + "9" * 5000 + "}", "is not YAML"),
+    "deep": ("method: " + "[" * 20_000, "more than 8 levels deep"),
+    "deep blocks": ("\n".join(" " * i + "a:" for i in range(300)), "more than 8 levels deep"),
+    "bomb": (BOMB, "line 3: an alias, \\*a0; write its value"),
+    "loop": ("method: &a [*a]", "an alias"),
+    "object": ("method: !!python/object/apply:os.system [exit]", "is not YAML"),
+    "large": ("# " + "x" * MAX_BYTES, f"more than {MAX_BYTES} bytes"),
+    "not text": (b"\xff\xfe\x00", "is not YAML"),
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_a_configuration_from_outside_is_refused_in_one_line(tmp_path, name):
+    text, what = YAML[name]
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=what) as raised:
+        apply_config_file(Config(), file)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < LINE and str(file) in str(raised.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024, "kilobytes"
+
+
+def test_a_device_is_not_read_to_its_end():
+    with pytest.raises(UserError, match="more than"):
+        apply_config_file(Config(), Path("/dev/zero"))
+
+
+def test_what_print_config_prints_is_taken(tmp_path):
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config(method="udec"))))
+    assert apply_config_file(Config(), tmp_path / "config.yaml") == Config(method="udec")
+
+
+def test_a_message_keeps_its_two_ends():
+    said = str(one_line(UserError("method: " + "x" * 10**6 + " is not valid; choose one")))
+    assert len(said) < LINE + 10 and said.startswith("method: x") and "x ... x" in said
+    assert isinstance(one_line(ValueError("a\nb")), RunError) and str(one_line(ValueError("a\nb"))) == "ValueError: a b"
+
+
+# --- exported models -----------------------------------------------------------------------------------------------
+
+SMALL = Config(data=cfg.DataConfig(image_side=8), model=cfg.ModelConfig(dim=8, dim_mults=(1, 2), head_dim=8))
+
+
+def exported(folder: Path, weights: dict | None = None, **metadata: str | None) -> Path:
+    """A file as `export.save_model` makes it, but for some metadata; None: without it."""
+    weights = dict(build_model(SMALL).named_parameters()) if weights is None else weights
+    given = {"format": export.FORMAT, "config": json.dumps(to_dict(SMALL)), **metadata}
+    save_file(weights, folder / "model.safetensors", {k: v for k, v in given.items() if v is not None})
+    return folder / "model.safetensors"
+
+
+def test_a_whole_file_is_loaded(tmp_path):
+    model, config = load_model(exported(tmp_path))
+    assert config == SMALL
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), build_model(SMALL).parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "config", [None, "", "{", "[1]", "3", '{"method": "fedavg"}', '{"run": 3}', "[" * 100_000, "9" * 5000]
+)
+def test_an_export_with_a_bad_configuration_is_refused_in_one_line(tmp_path, config):
+    with pytest.raises(UserError, match="configuration is not valid") as raised:
+        load_model(exported(tmp_path, config=config))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 2 * LINE
+
+
+def test_no_memory_is_taken_for_a_model_that_is_not_in_the_file(tmp_path):
+    vast = {"dim": 4096, "dim_mults": [64, 64, 64, 64], "heads": 4, "head_dim": 32, "classes": 0}
+    config = json.dumps({**to_dict(SMALL), "model": vast})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="not those of the model"):
+        load_model(exported(tmp_path, config=config))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * 1024, "kilobytes"
+
+
+def test_weights_of_other_types_are_refused(tmp_path):
+    halves = {n: p.detach().half() for n, p in build_model(SMALL).named_parameters()}
+    with pytest.raises(UserError, match="not those of the model"):
+        load_model(exported(tmp_path, halves))
+
+
+class Saved:
+    """What `export.save_model` needs of a checkpoint."""
+
+    config, round = SMALL, 1
+
+    def parameters(self, client: int | None, ema: bool) -> torch.Tensor:
+        return torch.zeros(sum(p.numel() for p in build_model(SMALL).parameters()))
+
+
+def test_a_clients_model_is_its_owners_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        export.save_model(tmp_path / "client.safetensors", Saved(), 1, ema=False)
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_link_beside_the_export_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".model.safetensors").symlink_to(tmp_path / "precious")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "precious")
+    export.save_model(tmp_path / "model.safetensors", Saved(), None, ema=False)
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "model.safetensors").is_symlink()

@@ -1,0 +1,173 @@
+"""Whole commands as a user types them: plan, partition and sample, their JSON forms and their files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from bars import recorded
+from jobs import TINY, fdiff, in_turn
+from PIL import Image
+from ranks import run_ranks
+
+from fdiff.comm import Communicator, SoloCommunicator
+from fdiff.commands import partition, sample
+from fdiff.config import Config, RuntimeConfig
+from fdiff.data.fashion_mnist import DEBIAN_ROOT
+from fdiff.errors import UserError
+from fdiff.federation import sampling
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Runs `full` and `udec` with a moving average, and samples of them drawn on one, two and four ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    trained = [["train", *TINY, "--method", m, "--optim.ema", "0.9", "--run.dir", m] for m in ("full", "udec")]
+    trained += [["train", *TINY, "--federation.rounds", "1", "--run.dir", "plain"]]
+    common = ["--images", "7", "--batch_size", "2", "--runtime.threads", "1"]
+    for ranks in (1, 2, 4):
+        drawn = [
+            ["sample", "full", *common, "--out", f"full-{ranks}.h5"],
+            ["sample", "udec", *common, "--client", "3", "--out", f"udec-{ranks}.h5"],
+            ["sample", "full", *common, "--ema", "false", "--sampler", "ddpm", "--out", f"ddpm-{ranks}.h5"],
+        ]
+        done = in_turn(ranks, trained * (ranks == 1) + drawn, folder)
+        assert all(rank.status == 0 for job in done for rank in job), done
+    return folder
+
+
+def images(file: Path) -> np.ndarray:
+    with h5py.File(file) as opened:
+        return opened["images"][()]
+
+
+@pytest.mark.parametrize("name", ["full", "udec", "ddpm"])
+def test_samples_are_the_same_for_any_number_of_ranks(run, name):
+    one, two, four = (images(run / f"{name}-{ranks}.h5") for ranks in (1, 2, 4))
+    assert one.shape == (7, 8, 8, 1) and one.dtype == np.uint8
+    assert np.array_equal(one, two) and np.array_equal(one, four)
+    assert len({image.tobytes() for image in one}) == 7
+
+
+def test_samples_begin_with_the_grid_of_the_run(run):
+    """The run's own grid of four images has the same seeds; only the batch they were drawn in differs."""
+    with h5py.File(run / "full" / "checkpoints" / "round-000003" / "global.h5") as file:
+        grid = file["samples"][()]
+    assert np.abs(grid[:, 0].astype(int) - images(run / "full-1.h5")[:4, :, :, 0]).max() <= 1
+
+
+def test_sample_writes_a_grid_or_a_folder(run, tmp_path):
+    checkpoint = run / "udec" / "checkpoints" / "round-000003"
+    fdiff("sample", checkpoint, "--images", 5, "--out", "grid.png", cwd=tmp_path).check()
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * (56 + 2) + 2, 2 * (56 + 2) + 2)
+    fdiff("sample", checkpoint, "--images", 5, "--out", "folder", cwd=tmp_path).check()
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == [f"{i:06d}.png" for i in range(5)]
+
+
+def test_samples_that_cannot_be_had_are_one_line_on_two_ranks(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "grid.png").mkdir()
+    cases = [
+        (["full", "--images", 0], "--images: 0 is not valid"),
+        (["full", "--sampler", "ddim", "--steps", 5000], "sample.steps: 5000 is not valid"),
+        (["full", "--client", 3], "--client: 3 is not valid; full has one model for all clients"),
+        (["udec", "--client", 9], "--client: 9 is not valid; with udec each client has its own model: 0 to 3"),
+        (["plain", "--ema", "true"], "has no moving averages; train with --optim.ema"),
+        (["none"], "none: is not a folder"),
+        (["full", "--out", tmp_path / "full"], "full exists already; name a new folder"),
+        (["full", "--out", tmp_path / "grid.png"], "grid.png exists already"),
+        (["full", "--out", tmp_path / "full" / "file" / "grid.png"], "cannot be written"),
+    ]
+    requests = [["sample", *words, "--runtime.threads", 1] for words, _ in cases]
+    for ends, (_, expected) in zip(in_turn(2, requests, run), cases, strict=True):
+        assert [done.status for done in ends] == [2, 2], (expected, ends)
+        lines = [line for done in ends for line in done.err.splitlines()]
+        assert len(lines) == 1 and expected in lines[0], lines
+
+
+def test_where_samples_cannot_be_written_none_are_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "draw_all", None)
+    with pytest.raises(UserError, match="--out: .* exists already"):
+        sample.run(run / "full", RuntimeConfig(), SoloCommunicator(), torch.device("cpu"), out=run)
+
+
+class Sampling:
+    """`fdiff sample` on a rank; returns what that sent."""
+
+    def __init__(self, run: Path, out: Path) -> None:
+        self.run, self.out = run, out
+
+    def __call__(self, comm: Communicator) -> dict[str, float]:
+        sample.run(self.run, RuntimeConfig(), comm, torch.device("cpu"), out=self.out, images=7, batch_size=2)
+        return comm.ledger.take()
+
+
+def test_of_samples_nothing_but_the_pictures_travels(run, tmp_path):
+    sent = run_ranks(Sampling(run / "full", tmp_path / "out.h5"), 2, tmp_path)
+    assert [set(ledger) <= {"pictures"} for ledger in sent] == [True, True]
+    assert sent[1] == {"pictures": 3 * 8 * 8}  # the second and the fourth batch of two, two, two and one
+    assert np.array_equal(images(tmp_path / "out.h5"), images(run / "full-1.h5"))
+
+
+def test_a_bar_over_all_sampling_steps_is_shown_where_a_person_watches(run, tmp_path, monkeypatch):
+    bars = recorded(monkeypatch)
+    alone = (RuntimeConfig(), SoloCommunicator(), torch.device("cpu"))
+    sample.run(run / "full", *alone, out=tmp_path / "out.h5", images=7, batch_size=4, steps=5)
+    assert bars[0].total == 7 and bars[0].n == pytest.approx(7)
+    shown = bars[0].terminal.getvalue()
+    assert shown.count("images/s") >= 2 * 5 and "| 7/7 [" in shown
+
+
+def test_plan_as_json(tmp_path):
+    flags = ["--preset", "fmnist-k10", "--method", "udec", "--json"]
+    plan = json.loads(fdiff("plan", *flags, cwd=tmp_path).check().out)
+    assert plan["parameters"] == {
+        "encoder": 1_280_642,
+        "bottleneck": 999_376,
+        "decoder": 716_297,
+        "total": 2_996_315,
+    }
+    assert round(100 * plan["saving"], 1) == 73.6
+    assert plan["communicated_parameters_full"] == 15 * 10 * 2 * 2_996_315
+    assert len(plan["rounds"]) == 15 and sum(r["wire_bytes"] for r in plan["rounds"]) == plan["wire_bytes"]
+    assert plan["rounds"][0]["reporters"] == {"decoder": list(range(10))}
+    assert sum(r["parameters"] for r in plan["rounds"]) == plan["communicated_parameters"]
+
+
+def test_plan_as_a_table(tmp_path):
+    out = fdiff("plan", "--preset", "fmnist-k10", "--method", "usplit", cwd=tmp_path).check().out
+    assert all(word in out for word in ("2,996,315", "25.0%", "41.3%", "73.6%", "usplit", "round  15"))
+
+
+@pytest.mark.skipif(not DEBIAN_ROOT.is_dir(), reason="needs Fashion-MNIST: apt install dataset-fashion-mnist")
+def test_partition_as_json_and_as_a_picture(tmp_path):
+    flags = ["--preset", "fmnist-label-skew", "--json", "--plot", "split.png"]
+    clients = json.loads(fdiff("partition", *flags, cwd=tmp_path).check().out)["clients"]
+    assert [c["client"] for c in clients] == list(range(5)) and sum(c["size"] for c in clients) == 60_000
+    counts = {"0": 4888, "1": 1316, "2": 378, "3": 936, "4": 146, "5": 1177, "6": 96, "7": 2944, "8": 1565}
+    assert clients[0] == {"client": 0, "size": 13446, "labels": counts}
+    assert clients[3]["labels"] == {"0": 2, "1": 3979, "2": 1959, "3": 149, "5": 2265, "6": 5484}
+    with Image.open(tmp_path / "split.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_a_picture_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--plot: .*split.png cannot be written .No such file or directory.; give"):
+        partition.run(Config(), plot=tmp_path / "none" / "split.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"--plot: matplotlib.figure is not installed; pip install 'fdiff\[report\]'"):
+        partition.run(Config(), plot=tmp_path / "split.png")
+
+
+def test_help(tmp_path):
+    assert "usage: fdiff COMMAND" in fdiff("--help", cwd=tmp_path).check().out
+    assert fdiff(cwd=tmp_path).status == 2

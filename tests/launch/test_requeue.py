@@ -1,0 +1,173 @@
+"""Jobs on a real Slurm whose time is up, or that have to make room: they requeue, go on, and end with the same weights.
+
+All of them train at once. The federation whose time limit is shorter than the job has more rounds than any machine
+trains in that time; when its time is up, it is given a few more than it has made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import ROOT, TINY, arrays, clean_env, execute
+from launching import PYTHON, Job, rounds, started, wait_for
+from slurm_cluster import Cluster, job_fields, run, sbatch, wait_for_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+AT = TINY.index("--federation.rounds")
+ORDERED = ("--runtime.reduction", "ordered", "--runtime.timeout_s", "120")
+COMMON = (*TINY[:AT], *TINY[AT + 2 :], "--sample.every", "0", *ORDERED)
+ROUNDS, ENDLESS = 30, 5000
+PATIENCE_S = 400.0
+TEMPLATES = ROOT / "slurm"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended: Slurm's fields, its run folder, and what it printed."""
+
+    fields: Mapping[str, str]
+    run: Path
+    printed: str
+    rounds: int
+
+
+def flags(rounds: int, *more: str) -> list[str]:
+    return [*COMMON, "--federation.rounds", str(rounds), *more]
+
+
+def template(cluster: Cluster, folder: Path, name: str, *options: str, flags: list[str]) -> str:
+    """Submit one of slurm/*.sbatch as it is; the job's id."""
+    env = {"FDIFF_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    return sbatch(cluster, *options, str(TEMPLATES / f"{name}.sbatch"), "--", *flags, cwd=folder, env=env)
+
+
+def submit(cluster: Cluster, folder: Path, *words: str) -> str:
+    """`fdiff submit`; the job's id."""
+    env = clean_env(SLURM_CONF=cluster.env["SLURM_CONF"], PYTHONPATH=str(ROOT))
+    printed = execute([*PYTHON, "submit", *words], folder, env=env).check().out
+    assert "follow:  tail -F " in printed and "stop:    scancel " in printed
+    return printed.split()[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Iterator[Job]:
+    """The same federation on one rank without a break, on what the others leave idle; each of its rounds stays."""
+    words = flags(ENDLESS, "--run.dir", "run", "--run.keep_checkpoints", str(ENDLESS))
+    command = ["nice", "-n", "19", *PYTHON, "train", *words]
+    with started(command, tmp_path_factory.mktemp("uninterrupted"), clean_env(PYTHONPATH=str(ROOT))) as job:
+        yield job
+
+
+@pytest.fixture(scope="module")
+def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory) -> dict[str, Ended]:
+    """Every job, interrupted in its own way once it has trained a little, and waited for."""
+    cluster, folder = slurm_cluster, tmp_path_factory.mktemp("requeue")
+    rounds_of_limited = folder / "rounds.yaml"
+    rounds_of_limited.write_text(f"federation: {{rounds: {ENDLESS}}}")
+    one, short = "--ntasks-per-node=1", flags(ROUNDS)
+    limited = [*COMMON, "--config", "rounds.yaml", "--run.dir", "time-limit"]
+    by_hand, submitted = [*short, "--run.dir", "by-hand"], [*short, "--run.dir", "submitted"]
+    minute = ("--ntasks-per-node=2", "--time=1", "--signal=USR2@45")
+    jobs = {
+        "time limit": template(cluster, folder, "one_node", *minute, flags=limited),
+        "requeued by hand": template(cluster, folder, "multi_node", one, "--cpus-per-task=1", flags=by_hand),
+        "array": template(cluster, folder, "array", one, "--array=0,7", flags=short),
+        "submitted": submit(cluster, folder, "--nodes", "2", *submitted, "--comment", "a test", "--time", "30"),
+    }
+    array = f"runs/slurm-{jobs['array']}"
+    jobs["array"], jobs["array, other task"] = f"{jobs['array']}_0", f"{jobs['array']}_7"
+    runs = {
+        "time limit": "time-limit",
+        "requeued by hand": "by-hand",
+        "submitted": "submitted",
+        "array": f"{array}/full-seed0",
+        "array, other task": f"{array}/udec-seed1",
+    }
+    interruptions = {
+        "requeued by hand": ["scontrol", "requeue"],
+        "array": ["scancel", "--signal=USR2"],
+        "submitted": ["scancel", "--signal=TERM"],
+    }
+
+    def interrupt_those_that_train() -> bool:
+        for name in [n for n in interruptions if rounds(folder / runs[n]) >= 2]:
+            run(cluster, [*interruptions.pop(name), jobs[name]])
+        return not interruptions
+
+    wait_for(interrupt_those_that_train, PATIENCE_S, "two rounds of every job")
+
+    def time_is_up() -> bool:  # on a busy machine perhaps before the first round: then it starts, and stops, again
+        waits = job_fields(cluster, jobs["time limit"])["JobState"] == "PENDING"
+        return waits and rounds(folder / "time-limit") > 0
+
+    wait_for(time_is_up, PATIENCE_S, "the time limit")
+    enough = rounds(folder / "time-limit") + 5
+    rounds_of_limited.write_text(f"federation: {{rounds: {enough}}}")
+    run(cluster, ["scontrol", "update", f"JobId={jobs['time limit']}", "TimeLimit=60"])
+    found = {}
+    for name, job in jobs.items():
+        fields = wait_for_job(cluster, job, timeout_s=PATIENCE_S)
+        logs = [*folder.glob(f"slurm-{job}.out"), *folder.glob(f"runs/submitit/{job}_*_log.out")]
+        printed = "\n".join(log.read_text() for log in logs)
+        found[name] = Ended(fields, folder / runs[name], printed, enough if name == "time limit" else ROUNDS)
+    return found
+
+
+INTERRUPTED = ("time limit", "requeued by hand", "array", "submitted")
+
+
+@pytest.mark.parametrize("name", [*INTERRUPTED, "array, other task"])
+def test_every_job_completes_with_a_checkpoint(ended, name):
+    job = ended[name]
+    assert job.fields["JobState"] == "COMPLETED", job.printed
+    assert (job.run / "checkpoints" / f"round-{job.rounds:06d}" / "global.h5").is_file()
+    assert rounds(job.run) == job.rounds
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_it_was_requeued_and_went_on_from_its_checkpoint(ended, name):
+    job = ended[name]
+    restarts = int(job.fields["Restarts"])
+    assert restarts >= 1 if name == "time limit" else restarts == 1, job.printed
+    by_itself = name != "requeued by hand"
+    assert ("requeues job" in job.printed) == by_itself, job.printed
+    assert job.printed.count("round 1/") == 1 and "Traceback" not in job.printed
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_it_ends_with_the_weights_of_an_uninterrupted_run(ended, uninterrupted, name):
+    last, whole = ended[name].rounds, uninterrupted.folder / "run"
+    wait_for((whole / "checkpoints" / f"round-{last:06d}").exists, PATIENCE_S, "as many rounds without a break")
+    found, expected = arrays(ended[name].run, last), arrays(whole, last)
+    assert found.keys() == expected.keys() and expected
+    assert all(np.array_equal(found[array], expected[array]) for array in expected)
+
+
+def test_a_cancelled_job_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """scancel and a preemption both come as SIGTERM."""
+    job = template(slurm_cluster, tmp_path, "one_node", "--ntasks-per-node=1", flags=flags(ENDLESS, "--run.dir", "run"))
+    submitted = submit(slurm_cluster, tmp_path, *flags(ENDLESS, "--run.dir", "submitted"))
+    for name in ("run", "submitted"):
+        wait_for(lambda name=name: rounds(tmp_path / name) >= 1, PATIENCE_S, "a round")
+    run(slurm_cluster, ["scancel", job, submitted])
+    for each in (job, submitted):
+        fields = wait_for_job(slurm_cluster, each)
+        assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    printed = (tmp_path / "runs" / "submitit" / f"{submitted}_0_log.out").read_text()
+    assert "fdiff: rank" not in printed  # it was told to end
+
+
+def test_the_number_of_requeues_is_bounded(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm_cluster, tmp_path, "--max_requeues", "0", *flags(ENDLESS, "--run.dir", "run"))
+    wait_for(lambda: rounds(tmp_path / "run") >= 1, PATIENCE_S, "a round")
+    run(slurm_cluster, ["scancel", "--signal=USR2", job])
+    fields = wait_for_job(slurm_cluster, job)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "140:0")
+    printed = (tmp_path / "runs" / "submitit" / f"{job}_0_log.out").read_text()
+    assert "not requeued: that was start 1 of 1" in printed and "is committed; go on with --resume" in printed

@@ -1,0 +1,218 @@
+"""The report: one file, opened in a real browser; the pictures are there, nothing is fetched, nothing complains."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from browser import browser
+from jobs import TINY, fdiff, in_turn, rows
+
+from fdiff.errors import UserError
+from fdiff.federation.federator import append_jsonl
+from fdiff.report import charts, read_run, render
+from fdiff.report.charts import Curve, bars, curves, heat_map
+
+needs_browser = pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")),
+    reason="chromium and chromedriver are not installed (apt install chromium-driver)",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """FULL with a moving average and UDEC, both scored, with a grid of each of two rounds; and an unscored one."""
+    folder = tmp_path_factory.mktemp("runs")
+    more = ["--federation.rounds", 2, "--sample.every", 1, "--data.partition", "label-skew", "--data.test_limit", 100]
+    more += ["--data.limit", 200]
+    requests = [
+        ["train", *TINY, *more, "--method", "full", "--optim.ema", 0.9, "--run.dir", "full"],
+        ["train", *TINY, *more, "--method", "udec", "--run.dir", "<b>udec", "--federation.clients", 2],
+        ["train", *TINY, *more, "--federation.rounds", 1, "--run.dir", "unscored"],
+        ["evaluate", "full", "--all_rounds", "--batch_size", 100, "--runtime.threads", 1],
+        ["evaluate", "<b>udec", "--all_rounds", "--batch_size", 100, "--runtime.threads", 1],
+    ]
+    for done in in_turn(1, requests, folder):
+        done[0].check()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs) -> Path:
+    assert fdiff("report", "full", "<b>udec", "--out", "both.html", cwd=runs).check().out == "both.html\n"
+    return runs / "both.html"
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_the_page_opens_wide_and_narrow_light_and_dark(page, width, scheme):
+    with browser() as chromium:
+        chromium.emulate(width, 900, scheme)
+        chromium.open(page)
+        assert chromium.console() == []
+        assert chromium.script("return performance.getEntriesByType('resource').length") == 0
+        assert chromium.script("return document.documentElement.scrollWidth") <= width
+        sizes = chromium.script(
+            "return [...document.querySelectorAll('svg, img:not([hidden])')].map(e => {"
+            "const b = e.getBoundingClientRect(); return [b.width, b.height, e.naturalWidth ?? 1]; })"
+        )
+        # loss and eight scores; a grid, a heat map and the communication of each run; the time of both
+        assert len(sizes) == 9 + 3 * 2 + 1
+        assert all(100 < w <= width and h > 40 and loaded > 0 for w, h, loaded in sizes), sizes
+        light_ink = chromium.script("return getComputedStyle(document.querySelector('svg text')).fill")
+        paper = chromium.script("return getComputedStyle(document.body).backgroundColor")
+        assert (brightness(light_ink) > brightness(paper)) == (scheme == "dark")
+        assert abs(brightness(light_ink) - brightness(paper)) > 150
+
+
+def brightness(colour: str) -> float:
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_slider_shows_the_grid_of_its_round(page):
+    with browser() as chromium:
+        chromium.open(page)
+        shown = (
+            "return [...document.querySelectorAll('.samples')].map(s => [...s.querySelectorAll('img')]"
+            ".filter(i => i.offsetParent).map(i => i.dataset.round).concat(s.querySelector('output').textContent))"
+        )
+        assert chromium.script(shown) == [["2", "round 2"], ["2", "round 2"]]
+        chromium.script(
+            "const s = document.querySelector('.samples input'); s.value = 0; s.dispatchEvent(new Event('input'))"
+        )
+        assert chromium.script(shown) == [["1", "round 1"], ["2", "round 2"]]
+        assert chromium.console() == []
+
+
+@pytest.mark.slow
+def test_the_page_is_self_contained_and_says_what_the_logs_say(runs, page):
+    text = page.read_text()
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text) + re.findall(r"url\(([^)]*)\)", text)
+    assert fetched and all(target.startswith(("data:", "#")) for target in fetched)
+    assert "@import" not in text and 'name="viewport"' in text and "prefers-color-scheme: dark" in text
+    assert "&lt;b&gt;udec" in text and "<b>udec</" not in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    full, udec = read_run(runs / "full"), read_run(runs / "<b>udec")
+    for run in (full, udec):
+        assert f"fd_fmnist {run.averaged('fd_fmnist', 'fmnist-cnn', False)[-1][1]:.2f}" in text
+        (told,) = run.told()
+        assert told.startswith("100 images a model (ddim, 4 steps) against 100 of ") and f"Scores of {told}" in text
+        assert "extractor fmnist-cnn" in told and told.endswith("images resized from 8 pixels")
+    assert f"{sum(r['communicated_parameters'] for r in udec.rounds):,}" in text
+    held = [(client["images"], sum(client["labels"].values())) for client in full.setting["clients"]]
+    assert sum(images for images, _ in held) == 200 and all(images == of_labels for images, of_labels in held)
+    assert 'class="differs"><th>method</th>' in text
+
+
+@pytest.mark.slow
+def test_a_run_whose_clients_keep_parts_shows_each_and_warns(runs, monkeypatch):
+    udec = read_run(runs / "<b>udec")
+    drawn: dict[str, Curve] = {}
+    monkeypatch.setattr(charts, "curves", lambda of, label: drawn.update({label: of["<b>udec"]}) or curves(of, label))
+    text = render([udec])
+    of_distance = drawn["fd_fmnist (lower is better)"]
+    assert [[round for round, _ in client] for client in of_distance.clients] == [[1, 2], [1, 2]]
+    by_hand = [row["scores"]["fd_fmnist"] for row in udec.scores if row["round"] == 2]
+    assert [client[1][1] for client in of_distance.clients] == by_hand
+    assert of_distance.raw[1] == (2, pytest.approx(sum(by_hand) / 2))
+    assert "the clients differ widely" not in text
+
+    far = [{**row, "scores": {**row["scores"], "fd_fmnist": 10 + 90 * row["client"]}} for row in udec.scores]
+    found = re.findall(r'<p class="warning">(.*?)</p>', render([replace(udec, scores=far)]))
+    expected = "the clients differ widely in fd_fmnist: deviation 82% of the mean, client 1 at 100.0"
+    assert any(expected in warning for warning in found)
+
+
+@pytest.mark.slow
+def test_the_scoring_that_was_written_last_is_shown_of_each_extractor(runs, tmp_path):
+    """Round 2 in one way, then round 1 in another, then both by inception."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "full", run)
+    first, last = (rows(run, "scores")[i] for i in (0, 2))
+    assert (first["round"], last["round"], first["ema"], last["ema"]) == (1, 2, False, False)
+    other = {**first, "n": 99, "scores": {"fd_fmnist": 5.0, "missing_classes": [3, 7]}}
+    how = {"extractor": "inception", "checksum": "f" * 64, "scores": {"fid": 9.0, "kid": 0.5}}
+    fid = [{**row, **how} for row in (first, last)]
+    append_jsonl(run / "scores.jsonl", [other, *fid])
+    found = read_run(run)
+    assert found.averaged("fd_fmnist", "fmnist-cnn", False) == [(1, 5.0)]
+    assert found.averaged("fid", "inception", False) == [(1, 9.0), (2, 9.0)]
+    assert found.averaged("missing_classes", "fmnist-cnn", False) == [(1, 2.0)]
+    assert found.score_text() == "fd_fmnist 5.00, fid 9.00" and found.missing_text() == "3, 7"
+    text = render([found])
+    assert "99 images a model" in text and "extractor inception ffffffffffff" in text
+    assert 'aria-label="FID (lower is better) by round"' in text
+    assert 'aria-label="KID by inception (lower is better) by round"' in text
+    assert "<th>missing classes</th><td>3, 7</td>" in text
+
+
+@pytest.mark.slow
+def test_dropped_clients_are_told_with_round_and_reason_and_nothing_where_none_was(runs, page):
+    full, unscored = read_run(runs / "full"), read_run(runs / "unscored")
+    assert "went on without" not in page.read_text()
+    why = "OSError: [Errno 5] <img src=x onerror=alert(1)> & 'quoted'"
+    failing = replace(full, rounds=[full.rounds[0], {**full.rounds[1], "dropped": {"0": "no memory", "3": why}}])
+    escaped = "OSError: [Errno 5] &lt;img src=x onerror=alert(1)&gt; &amp; &#39;quoted&#39;"
+    for shown, name in (([failing], ""), ([unscored, failing], "<td>full</td>")):
+        text = render(shown)
+        table = text[text.index('id="dropped"') : text.index('id="samples"')]
+        told = re.findall(r"<tr>(.*?)</tr>", table)[1:]
+        assert told == [
+            f'{name}<td>2</td><td>{client}</td><td class="text">{reason}</td>'
+            for client, reason in ((0, "no memory"), (3, escaped))
+        ]
+        assert "<img src=x" not in text
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_long_reason_does_not_widen_the_page(runs, tmp_path):
+    full = read_run(runs / "full")
+    why = "OSError: " + "/unreadable" * 180
+    file = tmp_path / "page.html"
+    file.write_text(render([replace(full, rounds=[{**row, "dropped": {"1": why}} for row in full.rounds])]))
+    with browser() as chromium:
+        chromium.emulate(390, 900, "light")
+        chromium.open(file)
+        widths = "return [document.documentElement, document.querySelector('#dropped + .wide')].map(e => e.scrollWidth)"
+        page, table = chromium.script(widths)
+        assert page <= 390 and table <= 390 and chromium.console() == []
+
+
+@pytest.mark.slow
+def test_a_run_that_has_only_begun_and_a_folder_that_is_none(runs, tmp_path):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(runs / "full" / "config.yaml", begun)
+    assert "no round yet" in render([read_run(begun)])
+    assert "No scores yet" in render([read_run(runs / "unscored")])
+    with pytest.raises(UserError, match="none: is not a run folder of fdiff train"):
+        read_run(tmp_path / "none")
+    (begun / "config.yaml").write_text("method: half")
+    with pytest.raises(UserError, match="cannot be read as a run .method: 'half'"):
+        read_run(begun)
+
+
+def test_drawings_take_the_colour_of_the_page_and_ids_of_their_own():
+    drawings = [
+        curves({"a": Curve([(1, 2.0), (2, 1.0)], [(1, 3.0)], [[(1, 2.5)]]), "b": Curve([(1, 1.0)])}, "loss"),
+        heat_map([{"0": 3, "10": 5}, {"2": 1}], "images"),
+        bars({"full": 3.0, "udec": 1.0}, "N", "udec", {"full": "", "udec": "−66 %"}),
+    ]
+    ids: list[str] = []
+    for text in drawings:
+        assert text.startswith("<svg role=") and "currentColor" in text and "#010203" not in text
+        assert "width:" in text and not re.search(r'<svg[^>]* (width|height)="', text)
+        ids += re.findall(r'\bid="([^"]*)"', text)
+        known = set(re.findall(r'\bid="([^"]*)"', text))
+        assert set(re.findall(r"(?:href=\"#|url\(#)([^\")]*)", text)) <= known
+    assert len(ids) == len(set(ids))
+    assert all(f">{word}<" in drawings[1] for word in ("3", "5", "10", "label", "client"))
