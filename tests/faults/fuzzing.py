@@ -25,6 +25,7 @@ from fdiff.comm import SoloCommunicator
 from fdiff.commands.flags import parse
 from fdiff.errors import LINE, UserError, one_line
 from fdiff.federation import snapshot
+from fdiff.federation.assemble import set_up_rank
 from fdiff.federation.validate import find_problems
 
 SCALARS = st.one_of(

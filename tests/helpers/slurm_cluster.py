@@ -1,7 +1,7 @@
 """The two-node Slurm of slurm/testcluster for tests: brings it up, runs commands on it, waits for jobs, takes it down.
 
-A test module says `pytest_plugins = ["slurm_cluster"]` and takes the fixture `slurm_cluster`; without root or Slurm
-its tests are skipped.
+A test that takes the fixture `slurm_cluster` gets it (tests/conftest.py); without root or Slurm
+it is skipped.
 """
 
 from __future__ import annotations
