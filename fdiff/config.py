@@ -192,6 +192,11 @@ class Config:
         """Whether the run writes a checkpoint of this round by itself, without a signal."""
         return round % self.run.checkpoint_every == 0 or round == self.federation.rounds
 
+    def samples(self, round: int) -> bool:
+        """Whether the run draws a sample grid after this round."""
+        every = self.sample.every
+        return every > 0 and (round % every == 0 or round == self.federation.rounds)
+
 
 GROUPS: dict[str, type] = {
     "federation": FederationConfig,

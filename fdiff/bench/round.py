@@ -39,7 +39,7 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
 def _measure(config: Config, comm: Communicator, device: torch.device) -> Result:
     clients = config.federation.clients
     with no_training.federation(config, comm, device) as federation:
-        sizes = federation.host.trainer.buckets.sizes
+        sizes = federation.rank.host.trainer.buckets.sizes
         taken = in_turns(
             {"round": rounds(federation.round), "bound": _bound(config, sizes, comm, device)},
             comm, device, REPEATS, WARMUP,

@@ -81,7 +81,7 @@ class MetricSet:
 
 
 def choose_metrics(extractor: Extractor, asked: Sequence[str] | None, private: bool) -> MetricSet:
-    """The judge of the metrics asked for, by default all that apply; UserError if one asked for does not.
+    """The metrics asked for, by default all that apply; UserError if one asked for does not.
 
     Of `private` test images only moments and counts are known outside of their clients.
     """

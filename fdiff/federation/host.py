@@ -50,10 +50,10 @@ class Host:
 
     @property
     def average(self) -> Tensor:
-        """Where this round's average is to be built; it becomes `shared` by `adopt`."""
+        """Where this round's average is to be built; it becomes `shared` by `adopt_average`."""
         return self.shared if self._in_place else self._next
 
-    def adopt(self) -> None:
+    def adopt_average(self) -> None:
         """The average is complete: from now on it is what every client's shared parts are."""
         if not self._in_place:
             self.shared, self._next = self._next, self.shared
@@ -125,7 +125,7 @@ class Host:
         return torch.cat((private.to(shared.device), shared))
 
     @property
-    def averages(self) -> dict[int, Tensor]:
+    def moving_averages(self) -> dict[int, Tensor]:
         """Each client's own moving average (P,), wherever it is now."""
         return {client.index: self.state(client)["ema"] for client in self.clients}
 

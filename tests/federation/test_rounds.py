@@ -20,7 +20,7 @@ from fdiff import config as cfg
 from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError
-from fdiff.federation import snapshot
+from fdiff.federation import record, snapshot
 from fdiff.federation.rounds import Federation
 from fdiff.model.unet import PARTS
 from fdiff.plan import SHARED_PARTS, plan_round
@@ -148,8 +148,8 @@ def two_rounds(comm: Communicator) -> dict[str, dict[str, bytes]]:
         federation.start(resume=False)
         for round in (1, 2):
             federation.round(round)
-        federation.finish_commit()
-        buckets = federation.host.trainer.buckets
+        federation.commits.finish()
+        buckets = federation.rank.host.trainer.buckets
         buckets.check_shared()
         found[method] = {part: buckets.part(part).numpy().tobytes() for part in PARTS}
         federation.close()
@@ -164,11 +164,11 @@ def _resumed(config: cfg.Config, comm: Communicator, before: dict[str, bytes]) -
     config = replace(config, federation=replace(config.federation, rounds=3))
     federation = Federation(config, comm, torch.device("cpu"), Stop())
     assert federation.start(resume=True) == 2
-    buckets = federation.host.trainer.buckets
+    buckets = federation.rank.host.trainer.buckets
     buckets.check_shared()
     assert {part: buckets.part(part).numpy().tobytes() for part in PARTS} == before
     federation.round(3)
-    federation.finish_commit()
+    federation.commits.finish()
     buckets.check_shared()
     federation.close()
 
@@ -211,7 +211,7 @@ def test_a_rank_that_fails_before_the_last_commit_is_heard_on_all(tmp_path, monk
 
 def a_ledger_that_differs(comm: Communicator) -> str:
     config = replace(INSIDE, run=cfg.RunConfig(dir=f"{Path.cwd()}/differs"))
-    federation.wire_bytes = lambda *_: 17
+    record.wire_bytes = lambda *_: 17
     with pytest.raises(RunError) as error:
         federation.run(config, comm, torch.device("cpu"))
     assert error.value.agreed  # or every rank would say it
