@@ -6,7 +6,7 @@
 Commit: every file is written under a temporary folder, closed, synced, read back and renamed within it. When all are
 there, rank 0 completes `global.h5`, which lists them with their digests, syncs the folder, and one rename makes it
 visible.
-This module knows files and folders; it neither communicates nor knows what the tensors mean. See `arrayfile`.
+This module knows files and folders; it neither communicates nor knows what the tensors mean. See `file`.
 """
 
 from __future__ import annotations

@@ -12,16 +12,3 @@ from fdiff.data.opening import open_client_source, open_source
 from fdiff.data.pictures import check_target, save_grid, save_images
 from fdiff.data.shards import Shard
 from fdiff.data.sources import Source, check_labels
-
-__all__ = [
-    "Shard",
-    "Source",
-    "CIFAR10_URL",
-    "check_labels",
-    "check_target",
-    "normalise",
-    "open_client_source",
-    "open_source",
-    "save_grid",
-    "save_images",
-]

@@ -1,4 +1,4 @@
-"""A client's images, ready to train on: in the device's memory where they fit, else from loader processes."""
+"""A client's shard: its images in the device's memory where they fit, else read by loader processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which scores are asked for, whether there are images enough for them, and their values from two tallies.
+"""Which scores are asked for, whether there are images enough for them, and their values from the statistics of both.
 
-Pure arithmetic over `scores`; every value is stored beside the facts that it depends on, by `scoring`.
+Pure arithmetic over `metrics`; every value is stored beside the facts that it depends on, by `scoring`.
 """
 
 from __future__ import annotations

@@ -15,36 +15,3 @@ from fdiff.federation.rounds import Federation, run
 from fdiff.federation.snapshot import MAY_CHANGE, Saved, newest_sound, open_checkpoint
 from fdiff.federation.validate import find_problems, private_parts
 from fdiff.federation.voting import on_rank_0, together
-
-__all__ = [
-    "Client",
-    "Federation",
-    "Federator",
-    "GIB",
-    "MAY_CHANGE",
-    "Memory",
-    "Report",
-    "Saved",
-    "Trainer",
-    "append_jsonl",
-    "build_model",
-    "check_choice",
-    "find_problems",
-    "forecast_run",
-    "itemsize",
-    "load_model",
-    "memory_of_rank",
-    "methods_table",
-    "newest_sound",
-    "on_rank_0",
-    "open_checkpoint",
-    "plans",
-    "private_parts",
-    "read_jsonl",
-    "run",
-    "save_model",
-    "seconds",
-    "sizes_of",
-    "together",
-    "write_atomically",
-]

@@ -84,7 +84,7 @@ class Federator:
             raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
 
     def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
-        """Write down configuration and setting (see `assembly`); forget what the logs say of rounds after the last one.
+        """Write down configuration and setting (see `assemble`); forget what the logs say of rounds after the last one.
 
         `last_round` is the one to go on from, 0 for none.
         """

@@ -1,4 +1,4 @@
-"""The clients of one rank: who is in the trainer, and where the others' state is parked.
+"""The clients of one rank: one is in the trainer, the state of the others is parked on the host.
 
 One client a rank, the normal case, never moves: its parameters are the trainer's buckets, and what is averaged is
 averaged there in place. With more, each in turn enters the trainer: the shared parts come from a copy of the global

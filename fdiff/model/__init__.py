@@ -9,17 +9,3 @@ from __future__ import annotations
 from fdiff.model.buckets import Allocate, Buckets, Slot, layout_of, part_sizes, plain
 from fdiff.model.diffusion import alphas_cumprod
 from fdiff.model.unet import PARTS, Encoder, LinearAttention, UNet
-
-__all__ = [
-    "Allocate",
-    "Buckets",
-    "Encoder",
-    "LinearAttention",
-    "PARTS",
-    "Slot",
-    "UNet",
-    "alphas_cumprod",
-    "layout_of",
-    "part_sizes",
-    "plain",
-]
