@@ -12,7 +12,7 @@ import pytest
 from made_files import ARRAYS, HEADER, write_one
 
 from faults import __main__ as command
-from faults import damage, forging, plants, resuming, runs, suite
+from faults import damage, forging, injections, resuming, runs, suite
 from faults.ledger import Row, enter
 from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
@@ -46,8 +46,8 @@ def test_fault(injected: dict[str, Future], name):
 
 @pytest.mark.slow
 def test_what_a_rank_leaves_behind_is_counted_and_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("faults.processes.PATIENCE_S", 0.5)
-    job = Job(runs.train("run", "full", 1), 2, tmp_path, plants.leave_a_process)
+    monkeypatch.setattr("forked_jobs.PATIENCE_S", 0.5)
+    job = Job(runs.train("run", "full", 1), 2, tmp_path, injections.leave_a_process)
     assert job.wait(60) and job.statuses() == [0, 0]
     assert job.left_over == 2
     assert Job(runs.train("run", "full", 1), 1, tmp_path).wait(60)
