@@ -5,11 +5,9 @@ And what a call of the tests has: the flag --all, and a worker for each group of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import leaks
 import pytest
 from hypothesis import HealthCheck, settings
+from leaks import leaves_nothing_behind  # noqa: F401
 from slurm_cluster import slurm_cluster  # noqa: F401
 
 # How fast an example is drawn and tried says how busy the machine is, and nothing about fdiff.
@@ -31,15 +29,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> Iterator[None]:
-    """A test fails that leaves behind what was not there before it; see leaks.py.
-
-    Fixtures of a module or of the session are made before this one looks, so that they may keep what they hold.
-    """
-    before = leaks.look()
-    yield
-    if left := leaks.left_since(before):
-        pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)

@@ -123,7 +123,8 @@ def test_a_state_that_stays_ends_the_wait(states, monkeypatch):
 
 def supervised(code: str) -> subprocess.Popen[bytes]:
     """A process that supervises `sh -c CODE` and ends with its status."""
-    program = "import sys; from fdiff.commands.submit_job import supervise; sys.exit(supervise(['sh', '-c', sys.argv[1]]))"
+    call = "sys.exit(supervise(['sh', '-c', sys.argv[1]]))"
+    program = f"import sys; from fdiff.commands.submit_job import supervise; {call}"
     return subprocess.Popen([sys.executable, "-c", program, code], env=clean_env(PYTHONPATH=str(ROOT)))
 
 

@@ -1,4 +1,4 @@
-"""What a test must not leave behind, looked at before and after it."""
+"""What a test must not leave behind, looked at before and after it; tests/conftest.py has all tests checked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = Path("/dev/shm")
@@ -26,6 +28,18 @@ LOCKS = "sem.mp-"
 FOLDERS = {".git", ".venv", ".venv-mpich", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache", ".mypy_cache"}
 
 Found = dict[str, set[str]]  # what there is of each kind
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """A test fails that leaves behind what was not there before it.
+
+    Fixtures of a module or of the session are made before this one looks, so that they may keep what they hold.
+    """
+    before = look()
+    yield
+    if left := left_since(before):
+        pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)
 
 
 def look() -> Found:
