@@ -263,11 +263,13 @@ METRICS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_real_against_real_is_near_zero(by_noise: dict[int, dict[str, float]], metric: str) -> None:
     assert abs(by_noise[0][metric]) < NEAR_ZERO[metric] < by_noise[NOISE[-1]][metric] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_score_worsens_monotonically_with_noise(by_noise: dict[int, dict[str, float]], metric: str) -> None:
     values = [by_noise[level][metric] for level in NOISE]

@@ -1,11 +1,10 @@
 """The short fault suite: nothing is lost, nothing hangs, nothing damaged is loaded. See faults/__main__.py.
 
-Three faults at a time, because most of the time each of them waits. And the suite itself: what it would miss.
+And the suite itself: what it would miss.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -18,27 +17,34 @@ from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
-IN_TURN = ("configurations", "checkpoints", "headers")  # the fuzzer is not made for threads
-AT_ONCE = tuple(name for name in FAULTS if name not in IN_TURN)
+# Each fault is a group of its own; those on a Slurm test cluster wait for other tests that have one.
+EVERY = [
+    pytest.param(name, marks=pytest.mark.xdist_group("slurm" if name == "slurm" else f"fault {name}"))
+    for name in FAULTS
+]
+# Cases after those of the short suite: other seeds of faults that it has shown in every kind.
+MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
 
 
-@pytest.fixture(scope="module")
-def injected():
-    """Each fault's row to come."""
-    with ThreadPoolExecutor(3) as threads:
-        able = [name for name in AT_ONCE if FAULTS[name].needs() is None]
-        yield {name: threads.submit(run, name, FAULTS[name].short) for name in able}
-        threads.shutdown(cancel_futures=True)
+def inject(name: str, count: int, first: int = 0) -> None:
+    if reason := FAULTS[name].needs():
+        pytest.skip(reason)
+    row, _ = run(name, count, first)
+    assert row.passed, (row.cells(), row.notes)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [*AT_ONCE, *IN_TURN])
-def test_fault(injected: dict[str, Future], name):
-    if reason := FAULTS[name].needs():
-        pytest.skip(reason)
-    row, _ = run(name, FAULTS[name].short) if name in IN_TURN else injected[name].result()
-    assert row.passed, (row.cells(), row.notes)
+@pytest.mark.parametrize("name", EVERY)
+def test_fault(name):
+    inject(name, FAULTS[name].short)
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MORE)
+def test_more_cases_of_a_fault(name):
+    inject(name, MORE[name], first=FAULTS[name].short)
 
 
 # --- the suite itself ----------------------------------------------------------------------------------------------

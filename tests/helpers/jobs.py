@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from forked_jobs import Job, clean_env
+from forked_jobs import Before, Job, clean_env
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -58,10 +58,12 @@ def fdiff(*arguments: object, cwd: Path) -> Done:
     return on_ranks(1, *arguments, cwd=cwd)[0]
 
 
-def on_ranks(ranks: int, *arguments: object, cwd: Path, timeout_s: float = 240) -> list[Done]:
+def on_ranks(
+    ranks: int, *arguments: object, cwd: Path, timeout_s: float = 240, before: Before | None = None
+) -> list[Done]:
     """`fdiff ARGUMENTS` on so many ranks; how each ended. A hang fails the test."""
     with tempfile.TemporaryDirectory() as logs:
-        job = Job(arguments, ranks, cwd, logs=Path(logs))
+        job = Job(arguments, ranks, cwd, before, Path(logs))
         assert job.wait(timeout_s), f"not ended within {timeout_s} s:\n{job.said()}"
         return [Done(status, job.printed(r, "out"), job.printed(r, "err")) for r, status in enumerate(job.statuses())]
 
