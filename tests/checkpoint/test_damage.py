@@ -239,7 +239,7 @@ def test_no_flipped_bit_changes_what_is_loaded(file, tmp_path):
     assert detected > 0.6 * len(offsets)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_mangled_file_is_loaded(file, data):
     whole = bytearray(file.read_bytes())

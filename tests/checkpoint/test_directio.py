@@ -83,7 +83,7 @@ def test_what_is_written_is_in_the_file_and_comes_back(tmp_path, way, n, offset)
     assert read_back(path, offset, n) == data.tobytes()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(length=st.integers(0, 20_000), offset=st.integers(0, 25_000), n=st.integers(0, 25_000))
 def test_any_part_of_a_file_is_read_as_far_as_it_goes(tmp_path, length, offset, n):
     path, data = tmp_path / "f", some_bytes(length).tobytes()

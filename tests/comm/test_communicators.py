@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from comm_cases import CASES, EVERYBODY, RANKS
-from ranks import End, end_ranks, free_port, run_ranks
+from forked_jobs import free_port
+from ranks import End, end_ranks, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
 from fdiff.comm.base import device_problem

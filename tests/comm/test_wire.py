@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jobs import ROOT, arrays, clean_env, execute, torchrun
+from jobs import ROOT, arrays, clean_env, execute, on_ranks
 from mpis import find
 
 from fdiff.bench import wire
@@ -92,7 +92,8 @@ def test_usplit_moves_two_thirds_of_full(measured):
 
 
 def test_ranks_of_one_node_which_read_each_others_memory_get_the_same_bits(measured, folder):
-    torchrun(RANKS, "train", *FLAGS, "--method", "usplit", "--run.dir", "one-node", cwd=folder).check()
+    for rank in on_ranks(RANKS, "train", *FLAGS, "--method", "usplit", "--run.dir", "one-node", cwd=folder):
+        rank.check()
     by_wire, by_memory = (arrays(folder / run, 3) for run in ("usplit", "one-node"))
     assert by_wire.keys() == by_memory.keys() and by_wire
     for name, values in by_wire.items():

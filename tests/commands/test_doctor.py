@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import mpis
 import pytest
-from jobs import ROOT, Done, clean_env, execute
+from jobs import Done, execute, on_ranks
 from launching import LAUNCHERS, environment
 
 pytestmark = pytest.mark.slow
+on_slurm = pytest.mark.xdist_group("slurm")
 
 WITHOUT = """import sys
 for name in {names}: sys.modules[name] = None
@@ -26,13 +29,17 @@ def findings(report: dict) -> dict[str, dict]:
 
 def alone(tmp_path: Path, *arguments: str, without: tuple[str, ...] = (), **env: str) -> Done:
     """`fdiff doctor`, in a Python that cannot import some packages."""
-    code = WITHOUT.format(names=without, arguments=["doctor", *arguments])
-    return execute([sys.executable, "-c", code], tmp_path, env=clean_env(PYTHONPATH=str(ROOT), **env))
+    return on_ranks(1, "doctor", *arguments, cwd=tmp_path, before=partial(take_away, without, env))[0]
+
+
+def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None:
+    sys.modules.update(dict.fromkeys(packages))
+    os.environ.update(env)
 
 
 @pytest.mark.parametrize(
     "name, backend, ranks",
-    [("torchrun", "gloo", 2), ("openmpi", "mpi", 2), ("mpich", "mpi", 2), ("srun", "gloo", 3)],
+    [("torchrun", "gloo", 2), ("openmpi", "mpi", 2), ("mpich", "mpi", 2), pytest.param("srun", "gloo", 3, marks=on_slurm)],
 )
 def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
     launcher = LAUNCHERS[name]
@@ -56,6 +63,7 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
         assert findings(report)["Slurm"]["what"].endswith("partitions debug (up, 2 nodes)")
 
 
+@on_slurm
 def test_mpich_under_srun(request, tmp_path):
     words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpis.mpich().python, "-m", "fdiff", "doctor", "--json"]
     flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
@@ -151,6 +159,7 @@ def test_more_ranks_than_clients(request, tmp_path):
     assert done.status == 1 and "1 clients cannot occupy 2 ranks" in done.out
 
 
+@on_slurm
 def test_an_mpi_that_srun_did_not_start_is_a_world_of_one_and_refused(request, tmp_path):
     launcher = LAUNCHERS["srun"]
     words = launcher.words(2, "doctor", "--runtime.comm", "mpi")

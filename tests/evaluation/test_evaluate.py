@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bars import recorded
-from jobs import TINY, arrays, fdiff, in_turn, rows, torchrun
+from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
 from ranks import run_ranks
 
 from fdiff import checkpoint
@@ -129,9 +129,9 @@ def elsewhere(method: str, ranks: int) -> float:
 @pytest.mark.slow
 def test_the_command_prints_and_keeps_every_score_with_its_facts(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = torchrun(2, "evaluate", "udec", "--runtime.threads", 1, "--json", "--all_rounds", cwd=runs).check()
-    assert "images/s" not in done.err  # nobody watches
-    objects = [json.loads(line) for line in done.out.splitlines()]
+    ranks = on_ranks(2, "evaluate", "udec", "--runtime.threads", 1, "--json", "--all_rounds", cwd=runs)
+    assert not any("images/s" in rank.check().err for rank in ranks)  # nobody watches
+    objects = [json.loads(line) for rank in ranks for line in rank.out.splitlines()]
     assert [o["round"] for o in objects] == [1, 2, 3]
     last = objects[-1]
     assert (last["n"], last["n_real"], last["extractor"], last["resized_from"]) == (128, 128, "fmnist-cnn", 8)

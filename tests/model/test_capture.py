@@ -80,6 +80,7 @@ def test_a_captured_sampling_step_computes_what_the_plain_one_does(request, samp
     assert Called.replays == steps
 
 
+@pytest.mark.slow
 def test_the_step_is_one_graph_to_the_compiler(monkeypatch):
     """Without a break, and with a backward pass: what `torch.compile` needs of the model, in the layout of a GPU."""
     monkeypatch.setattr(unet, "_faster_layout", lambda h: h)
