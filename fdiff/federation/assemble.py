@@ -54,7 +54,7 @@ def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> Ran
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
-    host = together(comm, lambda: Host(Trainer(config, device, comm.allocate), members, comm.allocate))
+    host = together(comm, lambda: Host(Trainer(config, device), members))
     return RankSetup(host, images, _committer(config, comm), setting)
 
 

@@ -14,9 +14,9 @@ from ranks import End, end_ranks, free_port, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
 from fdiff.comm.base import device_problem
-from fdiff.comm.collectives import Groups, find_lost, pack, unpack
+from fdiff.comm.collectives import Groups, find_lost, pack, unpack, uses_ring
 from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
-from fdiff.errors import RunError
+from fdiff.errors import RunError, UserError
 
 
 def run_cases(comm: Communicator) -> dict[str, str]:
@@ -228,17 +228,22 @@ def test_nobody_serves() -> None:
 
 def grouped_cases(comm: TorchCommunicator) -> None:
     """Every case over the process groups that NCCL needs, here of gloo; so few are kept that some are freed."""
-    collectives.GROUPS_KEPT = 2
-    comm.name = "nccl"
+    collectives.GROUPS_KEPT, comm._ring = 2, False
     for name, run in CASES.items():
         run(comm)
         assert len(comm._groups._kept) <= 2, name
-    comm.name = "gloo"
 
 
 @pytest.mark.slow
-def test_every_case_over_groups_as_nccl_has_them(tmp_path: Path) -> None:
+def test_every_case_by_the_librarys_own_calls_among_groups(tmp_path: Path) -> None:
     run_ranks(grouped_cases, RANKS, tmp_path, timeout_s=120)
+
+
+def test_the_ring_is_the_same_on_all_ranks_and_not_for_nccl() -> None:
+    assert [uses_ring("auto", name) for name in ("gloo", "nccl")] == [True, False]
+    assert uses_ring("ring", "mpi") and not uses_ring("library", "gloo")
+    with pytest.raises(UserError, match=r"runtime\.partial_sums: 'ring' is for gloo and MPI"):
+        uses_ring("ring", "nccl")
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
