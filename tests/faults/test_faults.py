@@ -19,7 +19,8 @@ from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
 IN_TURN = ("configurations", "checkpoints", "headers")  # the fuzzer is not made for threads
-AT_ONCE = tuple(name for name in FAULTS if name not in IN_TURN)
+LONG = ("locks",)
+AT_ONCE = tuple(name for name in FAULTS if name not in IN_TURN + LONG)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,11 @@ def injected():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [*AT_ONCE, *IN_TURN])
+@pytest.mark.parametrize("name", [*AT_ONCE, *IN_TURN, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
 def test_fault(injected: dict[str, Future], name):
     if reason := FAULTS[name].needs():
         pytest.skip(reason)
-    row, _ = run(name, FAULTS[name].short) if name in IN_TURN else injected[name].result()
+    row, _ = run(name, FAULTS[name].short) if name not in AT_ONCE else injected[name].result()
     assert row.passed, (row.cells(), row.notes)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from functools import partial
 
 import torch
 from comm_cases import CASES, ramp
+from faults.plants import hold_the_lock, segfault
 
 from fdiff.comm import Communicator, LostRanks, collectives, connect
 from fdiff.comm.mpi import MpiCommunicator
@@ -161,6 +163,12 @@ def sums(comm: Communicator) -> None:
     assert torch.equal(tensor, ramp(1000) * sum(range(1, comm.size + 1)))
 
 
+def many_sums(comm: Communicator) -> None:
+    for _ in range(1000):
+        with comm.ledger.purpose("parameters"):
+            comm.all_reduce(ramp(3_000_000), tuple(range(comm.size)))
+
+
 def over(kind: str, fault: Callable[[Communicator], None] = sums) -> None:
     """Connect as the command line does, do something, end as it does."""
     launch = launcher.detect()
@@ -246,6 +254,9 @@ WHAT: dict[str, Callable[[], None]] = {
     "stopped-rank-0-torch": lambda: over("torch", on(0, stop, exchange)),
     "stopped-in-collective": lambda: over("mpi", on(2, stop, sums)),
     "stopped-in-pair": lambda: over("mpi", on(2, stop, pair_while_rank_0_waits, first=pair)),
+    "locked": lambda: over("mpi", on(2, lambda: hold_the_lock(20), sums)),
+    "segfault": lambda: over("mpi", on(1, segfault, exchange)),
+    "segfault-in-collective": lambda: over("mpi", on(1, threading.Timer(0.002, segfault).start, many_sums)),
     "killed-mpi": lambda: over("mpi", on(1, die, exchange)),
     "killed-torch": lambda: over("torch", on(1, die, exchange)),
     "fails": lambda: over("mpi", on(1, fail, exchange)),
