@@ -17,8 +17,7 @@ import torch
 
 from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.comm import Communicator
-from fdiff.comm.library_sums import bare_all_reduce
+from fdiff.comm import Collectives, Communicator
 from fdiff.config import Config
 from fdiff.errors import UserError
 from fdiff.federation import Federation, itemsize, snapshot
@@ -68,7 +67,7 @@ def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[
     plan = plan_round(config.method, config.federation.clients, 1, config.run.seed, config.federation.fraction)
     planned = wire_bytes(plan, sizes, config.federation.clients, comm.size, itemsize(config))
     tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=host.shared.device)
-    all_reduce = bare_all_reduce(comm)
+    assert isinstance(comm, Collectives)  # several ranks
     reports = [no_training.report(client) for client in host.clients]
     seconds = {"train": 1.0, "aggregate": 1.0, "evaluate": 1.0}
 
@@ -80,7 +79,7 @@ def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[
     metrics, copies = record(), snapshot.Copies()
     leads = federation.committer.leads
     return {
-        "all-reduce": lambda: all_reduce(tensor),
+        "all-reduce": lambda: comm.bare_all_reduce(tensor),
         "vote": federation.vote,
         "log line": record,
         "copy": lambda: snapshot.contents(host, federation.members.images, metrics, None, None, leads, copies),

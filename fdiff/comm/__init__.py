@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fdiff.comm.available import transports
 from fdiff.comm.base import Communicator, Ledger, LostRanks, Sum, agree, exchange_json, gather
+from fdiff.comm.collectives import Collectives
 from fdiff.comm.mpi_library import STARTERS
 from fdiff.comm.schedule import PHASES, loads
 from fdiff.comm.solo import SoloCommunicator
@@ -19,6 +20,7 @@ from fdiff.runtime import Launch, launcher
 __all__ = [
     "PHASES",
     "STARTERS",
+    "Collectives",
     "Communicator",
     "Ledger",
     "LostRanks",

@@ -19,7 +19,7 @@ ROLL_CALL_S = 4.0  # how long a rank in trouble waits for a sign of life of thos
 ANSWER_GRACE_S = 2.0  # how long the others wait for rank 0's answer beyond the time-out itself
 LINGER_S = 1.0  # how long a rank that failed stays, so that its end does not end the one that is to say why
 
-RING_BY_DEFAULT = ("gloo",)  # where the library's own calls were measured to be slower: see README.md
+RING_BY_DEFAULT = ("gloo", "mpi")  # where the library's own calls were measured to be slower: see README.md
 TICK_S = 0.5  # between two looks at the others, of a rank whose operation runs aside
 
 PartialSums = Literal["auto", "library", "ring"]
@@ -74,15 +74,18 @@ class Collectives(ABC, Generic[T]):
             self.ledger.count(0)  # who only receives needs a purpose too, or it would wait for those that have none
         for one in sums:
             if not self._goes_round(one):
-                self._by_library(one)
+                self.by_library(one)
         if mine := [s for s in sums if self._goes_round(s) and self.rank in s.ranks]:
             self._by_ring(mine)
 
     def _goes_round(self, one: Sum) -> bool:
         return self._ring and len(one.reporters) < self.size
 
-    def _by_library(self, one: Sum) -> None:
-        """All-reduce among the reporters, then broadcast from the first of them to the receivers."""
+    def by_library(self, one: Sum) -> None:
+        """A sum by the backend's all-reduce among its reporters, then its broadcast from the first to the receivers.
+
+        Every rank calls it, also one that has no part in the sum. LostRanks.
+        """
         reporters, receivers, tensor = one.reporters, one.receivers, one.tensor
         if self.rank in reporters and one.weight(self.rank) != 1:
             tensor.mul_(one.weight(self.rank))
@@ -105,6 +108,10 @@ class Collectives(ABC, Generic[T]):
     @abstractmethod
     def _group(self, ranks: tuple[int, ...]) -> T:
         """The backend's group of these ranks; every rank asks for it."""
+
+    @abstractmethod
+    def bare_all_reduce(self, tensor: Tensor) -> None:
+        """The backend's blocking all-reduce over all ranks, to be measured: it watches, counts and names nobody."""
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor, group: T, ranks: tuple[int, ...]) -> None:

@@ -190,7 +190,7 @@ class MpiCommunicator(Collectives[Any]):
             self._control.wait([request], what, ranks)
 
     def bare_all_reduce(self, tensor: Tensor) -> None:
-        """The library's own blocking all-reduce over all ranks, to be measured: nobody watches it."""
+        """See Collectives."""
         with self._reachable(tensor) as buffer:
             self._world.Allreduce(self._MPI.IN_PLACE, self._memory(buffer))
 

@@ -76,6 +76,10 @@ class TorchCommunicator(Collectives[Any]):
     def _broadcast(self, tensor: Tensor, source: int, group: Any, ranks: tuple[int, ...]) -> None:
         self._payload(tensor, lambda t: dist.broadcast(t, source, group=group, async_op=True), "broadcast", ranks)
 
+    def bare_all_reduce(self, tensor: Tensor) -> None:
+        """See Collectives."""
+        dist.all_reduce(tensor)
+
     def send(self, tensor: Tensor, to: int) -> None:
         """See Communicator."""
         self.ledger.count(tensor.nbytes)

@@ -269,7 +269,7 @@ def test_every_case_by_the_librarys_own_calls_among_groups(tmp_path: Path) -> No
 
 
 def test_the_ring_is_the_same_on_all_ranks_and_not_for_nccl() -> None:
-    assert [uses_ring("auto", name) for name in ("gloo", "nccl")] == [True, False]
+    assert [uses_ring("auto", name) for name in ("gloo", "mpi", "nccl")] == [True, True, False]
     assert uses_ring("ring", "mpi") and not uses_ring("library", "gloo")
     with pytest.raises(UserError, match=r"runtime\.partial_sums: 'ring' is for gloo and MPI"):
         uses_ring("ring", "nccl")
