@@ -1,9 +1,9 @@
 """The control plane over MPI, and how any operation of MPI is waited for: with a time-out, and naming who is missing.
 
-Nothing here blocks: operations are started and tested, first yielding only, then with sleeps that grow with the wait,
-so that ranks that wait leave the cores to those that still compute. A blocking call would spin instead: measured on
-4 ranks of MPICH on 2 cores, an all-reduce of 12 MB took seconds, and this way 24 ms; where the cores suffice, both take
-the same time.
+In the control plane nothing blocks: operations are started and tested, first yielding only, then with sleeps that grow
+with the wait, so that ranks that wait leave the cores to those that still compute. A blocking call spins instead; those
+of the payload, which begin when a vote has brought all ranks together, have a thread of their own (`watch`), from which
+this one looks up now and then. Without MPI_THREAD_MULTIPLE they are started and tested as well (`wait`).
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class Federation:
         seconds: dict[str, float],
         images: Tensor | None,
     ) -> dict[str, Any]:
-        """Gather the clients' reports, hold the bytes sent against the plan, and have the federator write it down."""
+        """Gather the clients' reports, hold the ledger against the plan, and have the federator write it down."""
         sent = self.comm.ledger.take()
         mine = {"reports": [asdict(r) for r in reports], "sent": sent, "seconds": seconds}
         everyone = exchange_json(self.comm, mine)
