@@ -157,6 +157,8 @@ class RuntimeConfig:
     """Arithmetic of the model; parameters are float32 except under float64."""
     reduction: Literal["fast", "ordered"] = "fast"
     """Sum of the reporters by all-reduce, or in client order: then bit-equal for any number of ranks."""
+    partial_sums: Literal["auto", "library", "ring"] = "auto"
+    """Sums that some ranks only receive: by the library, by a ring of sends, or `auto`: what was measured faster."""
     threads: int | None = None
     """CPU threads a rank; by default an equal share of the cores, or 1 with reduction `ordered`."""
     timeout_s: float = 1800.0

@@ -140,9 +140,9 @@ def processor() -> str:
 
 def table(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     """The results for a reader, and the machine in a last line."""
-    lines = [f"{'':44} {'ours':>12} {'± spread':>10} {'beside':>12} {'':8} {'unit':9} {'ratio':>8}"]
+    lines = [f"{'':60} {'ours':>12} {'± spread':>10} {'beside':>12} {'':8} {'unit':9} {'ratio':>8}"]
     lines += [
-        f"{r.name:44} {r.median:12.4g} {r.spread:10.2g} {r.beside:12.4g} {r.kind:8} {r.unit:9} {r.ratio:8.3f}"
+        f"{r.name:60} {r.median:12.4g} {r.spread:10.2g} {r.beside:12.4g} {r.kind:8} {r.unit:9} {r.ratio:8.3f}"
         for r in results
     ]
     return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)])

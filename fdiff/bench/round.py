@@ -1,6 +1,7 @@
-"""Everything in a round but the local epochs, beside one bare all-reduce of as many bytes among the same ranks.
+"""Everything in a round but the local epochs, beside the parts that no round can do without, each measured alone.
 
-Clients that train nothing go through whole rounds: plan, votes, averages, the copy for the checkpoint, logs. Only the
+Clients that train nothing go through whole rounds: plan, votes, averages, the copy for the checkpoint, logs. The bound
+is the sum of: one bare all-reduce of as many bytes among the same ranks, a vote, a line of the log, the copy. Only the
 commit is left out, which happens behind the next round's training: see `fdiff bench checkpoint`.
 """
 
@@ -9,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from statistics import median
 
 import torch
 
 from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.comm import Communicator
-from fdiff.comm.library_sums import bare_all_reduce
+from fdiff.comm import Collectives, Communicator
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.federation import itemsize
-from fdiff.plan import SHARED_PARTS, plan_round, wire_bytes
+from fdiff.federation import Federation, itemsize
+from fdiff.plan import SHARED_PARTS, wire_bytes
 
 WIDTHS = (28, 64, 128)  # 3.0, 14.9 and 58.4 million parameters of the paper's model
 REPEATS, WARMUP = 15, 3
@@ -33,20 +34,23 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
     cases = [(replace(full, model=replace(config.model, dim=dim)), comm.size) for dim in WIDTHS]
     cases += [(full, 2 * comm.size)]
     cases += [(replace(config, method=method), comm.size) for method in SHARED_PARTS if method != "full"]
-    return [_measure(no_training.quiet(case, clients), comm, device) for case, clients in cases]
+    return [r for case, clients in cases for r in _measure(no_training.quiet(case, clients), comm, device)]
 
 
-def _measure(config: Config, comm: Communicator, device: torch.device) -> Result:
+def _measure(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
+    """The round beside the sum of its parts, then each part beside the round."""
     clients = config.federation.clients
     with no_training.federation(config, comm, device) as federation:
         sizes = federation.rank.host.trainer.buckets.sizes
-        taken = in_turns(
-            {"round": rounds(federation.round), "bound": _bound(config, sizes, comm, device)},
-            comm, device, REPEATS, WARMUP,
-        )  # fmt: skip
-    name = f"{config.method}, {sum(sizes.values()) / 1e6:.1f} M parameters, {clients} clients"
+        parts = _parts(federation, sizes)
+        actions = {"round": rounds(federation.round), **parts}
+        taken = in_turns(actions, comm, device, REPEATS, WARMUP)
     milliseconds = {key: [1e3 * s for s in series] for key, series in taken.items()}
-    return compare(name, milliseconds["round"], milliseconds["bound"], "bound", "ms")
+    whole = milliseconds["round"]
+    bound = [sum(median(milliseconds[part]) for part in parts)]
+    name = f"{config.method}, {sum(sizes.values()) / 1e6:.1f} M parameters, {clients} clients"
+    shares = [compare(f"{part} of {name}", milliseconds[part], whole, "baseline", "ms") for part in parts]
+    return [compare(name, whole, bound, "bound", "ms"), *shares]
 
 
 def rounds(round: Callable[[int], None]) -> Callable[[], None]:
@@ -55,12 +59,25 @@ def rounds(round: Callable[[int], None]) -> Callable[[], None]:
     return lambda: round(next(numbers))
 
 
-def _bound(
-    config: Config, sizes: dict[str, int], comm: Communicator, device: torch.device
-) -> Callable[[], None]:
-    """One all-reduce over all ranks that sends as many bytes as the first round's plan."""
-    plan = plan_round(config.method, config.federation.clients, 1, config.run.seed, config.federation.fraction)
-    planned = wire_bytes(plan, sizes, config.federation.clients, comm.size, itemsize(config))
-    tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=device)
-    all_reduce = bare_all_reduce(comm)
-    return lambda: all_reduce(tensor)
+def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[[], object]]:
+    """What a round consists of, by name: an all-reduce over all ranks that sends as many bytes as the first round's
+    plan, a vote, the log's line, and the copy that its checkpoint is written from."""
+    config, comm, host = federation.config, federation.comm, federation.rank.host
+    round = federation.select(1)
+    round.reports, round.seconds = [no_training.report(client) for client in host.clients], {"train": 1.0}
+    planned = wire_bytes(round.plan, sizes, config.federation.clients, comm.size, itemsize(config))
+    tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=host.shared.device)
+    assert isinstance(comm, Collectives)  # several ranks
+
+    def log() -> None:
+        with comm.ledger.purpose("parameters"):
+            comm.ledger.count(planned / comm.size)  # what the line is held against
+        federation.evaluate(round)
+
+    log()  # its line is part of the copy
+    return {
+        "all-reduce": lambda: comm.bare_all_reduce(tensor),
+        "vote": federation.votes.vote,
+        "log line": log,
+        "copy": lambda: federation.commits.prepare(round),
+    }

@@ -15,8 +15,7 @@ from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns, slowest
 from fdiff.bench.network import INTERFACE
 from fdiff.bench.wire import as_rows
-from fdiff.comm import Communicator, Sum, connect, exchange_json
-from fdiff.comm.library_sums import library_sums
+from fdiff.comm import Collectives, Communicator, Sum, connect, exchange_json
 from fdiff.config import Config, from_dict
 from fdiff.federation import seconds
 from fdiff.plan import SHARED_PARTS, RoundPlan, plan_round, reporting_ranks, wire_bytes
@@ -84,8 +83,15 @@ def _library(plans: list[RoundPlan], sizes: dict[str, int], comm: Communicator) 
         ]
         for plan in plans
     ]
-    carry_out, turn = library_sums(comm), iter(rounds * 10)
-    return lambda: carry_out(next(turn))
+    turn = iter(rounds * 10)
+    assert isinstance(comm, Collectives)
+
+    def carry_out() -> None:
+        with comm.ledger.purpose("statistics"):
+            for one in next(turn):
+                comm.by_library(one)
+
+    return carry_out
 
 
 if __name__ == "__main__":

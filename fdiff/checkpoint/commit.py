@@ -1,7 +1,7 @@
 """Committing a checkpoint behind the training's back: each rank writes in a thread, rank 0's makes it visible.
 
-No message passes: a file in the temporary folder that has its final name is synced and verified, and rank 0's thread
-waits for all of them. What goes wrong in a thread is raised at the next safe point, by `check` or `wait`.
+No message passes: a file in the temporary folder that has its final name is synced, and rank 0's thread waits for all
+of them. What goes wrong in a thread is raised at the next safe point, by `check` or `wait`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Committer:
 
 
 def _write_clients(target: Path, clients: Mapping[int, Arrays]) -> None:
-    """While one file is on its way to the disk or back, another is."""
+    """While one file is on its way to the disk, another is made."""
     target.mkdir(parents=True, exist_ok=True)
 
     def write(index: int) -> None:

@@ -5,16 +5,16 @@ digest. No pickle, no compression, no object types: plain numbers and bytes that
 that of HDF5 1.8, whose structures have checksums, so that the library itself notices when they are damaged.
 A file may come from anywhere: what it claims is held against its size before memory is taken for it.
 
-The library makes and reads the structure; the arrays' bytes go past it, in pieces, to and from where it put them: it
-would keep every other thread of the process from running meanwhile. Large arrays begin at whole blocks: see `directio`.
+Checksums are made from memory, before the file is: what a disk loses without a word is found when it is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +24,12 @@ import h5py
 import numpy as np
 from blake3 import blake3
 
-from fdiff.checkpoint import directio
-from fdiff.checkpoint.directio import BLOCK_BYTES, PIECE_BYTES, Disk
 from fdiff.errors import UserError
 
 VERSION = 2
 _TYPES = frozenset(np.dtype(name) for name in ("float32", "float64", "int64", "uint8"))
 _FORMAT = ("v108", "v108")
 _MAX_JSON_BYTES = 64 * 2**20
-_ALIGNED = {"alignment_threshold": 2**16, "alignment_interval": BLOCK_BYTES}
 _ADVICE = "use another checkpoint"
 
 Arrays = Mapping[str, np.ndarray]
@@ -56,52 +53,44 @@ class Examined:
 
 
 def write_file(path: Path, arrays: Arrays, header: Header) -> str:
-    """Write arrays and a JSON header to a new file, readable by its owner alone; sync, read back, then rename.
+    """Write arrays and a JSON header to a new file, readable by its owner alone, and sync it; then it is renamed.
 
-    The file appears under `path` only when what was read back equals what was written. Returns its digest: the
-    BLAKE3 of the manifest, which holds the BLAKE3 of every dataset. OSError if the disk is full or read-only.
-    A header that is a function is called when the arrays are written.
+    Returns its digest: the BLAKE3 of the manifest, which holds the BLAKE3 of every dataset. A header that is a function
+    is called when the arrays are written. OSError if the disk is full or read-only.
     """
     temporary = path.with_name(path.name + ".part")
     try:
         digest = _write(temporary, arrays, header)
-        if problems := examine(temporary, digest, from_disk=True).problems:
-            raise OSError(f"what was read back is not what was written: {problems[0]}")
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.errno:  # HDF5's own message is long, and says no more
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        if number := _errno(error):  # HDF5's own message is long, and says no more
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     return digest
 
 
 def _write(path: Path, arrays: Arrays, header: Header) -> str:
-    """Write and sync a file; returns its digest. The checksums are made of what passes on its way to the disk."""
-    with directio.opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as disk:
-        with h5py.File(path, "w", locking=False, libver=_FORMAT, **_ALIGNED) as file:
-            manifest = {name: _put(file, disk, name, array) for name, array in arrays.items()}
+    """Write and sync a file; returns its digest."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with h5py.File(path, "w", locking=False, libver=_FORMAT) as file:
+            manifest = {name: _put(file, name, array) for name, array in arrays.items()}
             said = header() if callable(header) else header
-            manifest["header"] = _put(file, disk, "header", _json_bytes({**said, "version": VERSION}))
-            digest = _put(file, disk, "manifest", _json_bytes(manifest))["blake3"]
-        disk.sync()
+            manifest["header"] = _put(file, "header", _json_bytes({**said, "version": VERSION}))
+            digest = _put(file, "manifest", _json_bytes(manifest))["blake3"]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return str(digest)
 
 
-def _put(file: h5py.File, disk: Disk, name: str, array: np.ndarray) -> dict[str, Any]:
-    """Add a dataset, and its values past the library; what the manifest says of it."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_layout(h5py.h5d.CONTIGUOUS)
-    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    dataset = file.create_dataset(name, array.shape, array.dtype, dcpl=plist)
-    if array.ndim == 0:  # h5py gives a scalar no place before its value
-        dataset[()] = array
-    hasher = blake3()
-    disk.write(_bytes(array), dataset.id.get_offset() or 0, hasher.update)  # an empty dataset has no place at all
-    dataset.attrs["blake3"] = np.bytes_(hasher.hexdigest())
-    return {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": hasher.hexdigest()}
+def _put(file: h5py.File, name: str, array: np.ndarray) -> dict[str, Any]:
+    """Add a dataset; what the manifest says of it."""
+    digest = checksum(array)
+    file.create_dataset(name, data=array).attrs["blake3"] = np.bytes_(digest)
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": digest}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -119,23 +108,18 @@ def read_file(path: Path, digest: str | None = None) -> tuple[dict[str, np.ndarr
     return arrays, header
 
 
-def examine(path: Path, digest: str | None = None, from_disk: bool = False) -> Examined:
-    """Read all of a file and keep nothing of it; never raises Damaged, but says what is sound and what is not.
-
-    `from_disk`: its values are read past the cache, where that can be.
-    """
+def examine(path: Path, digest: str | None = None) -> Examined:
+    """Read all of a file and keep nothing of it; never raises Damaged, but says what is sound and what is not."""
     found = Examined()
     try:
-        with _reading(path) as file, _disk(path, file, from_disk) as disk:
+        with _reading(path) as file:
             manifest = _manifest(file, digest)
             found.header.update(_header(file, manifest))
             for name, expected in manifest.items():
                 try:
                     with _reporting(path):
-                        dataset = _claimed(file, name, expected)
-                        pieces = disk.read(dataset.id.get_offset() or 0, dataset.nbytes)
-                        _verify(file, name, dataset, expected, pieces)
-                    found.datasets[name] = (dataset.shape, dataset.dtype.name)
+                        array = _dataset(file, name, expected)
+                    found.datasets[name] = (array.shape, array.dtype.name)
                 except Damaged as error:
                     found.problems.append(str(error))
     except Damaged as error:
@@ -144,18 +128,9 @@ def examine(path: Path, digest: str | None = None, from_disk: bool = False) -> E
 
 
 def read_digest(path: Path) -> str:
-    """The digest of a file that `write_file` has verified, without reading its arrays again."""
+    """The digest of a file that `write_file` has written, without reading its arrays."""
     with _reading(path) as file:
         return checksum(_dataset(file, "manifest", None))
-
-
-@contextmanager
-def _disk(path: Path, file: h5py.File, from_disk: bool) -> Iterator[Disk]:
-    if from_disk:
-        with directio.opened(path, os.O_RDONLY) as disk:
-            yield disk
-    else:
-        yield Disk(file.id.get_vfd_handle())
 
 
 @contextmanager
@@ -227,19 +202,12 @@ def _header(file: h5py.File, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> np.ndarray:
-    """A dataset, and not before all that it claims has been checked."""
+    """A dataset that both checksums fit; it is not read before all that it claims has been checked."""
     dataset = _claimed(file, name, expected)
-    array = np.empty(dataset.shape, dataset.dtype)
-    _verify(file, name, dataset, expected, _fill(_bytes(array), file, dataset))
+    recorded, array = _recorded(dataset), np.asarray(dataset[()])
+    if checksum(array) != recorded or (expected is not None and expected["blake3"] != recorded):
+        raise Damaged(f"{file.filename}: the checksum of {name} does not match its bytes; {_ADVICE}")
     return array
-
-
-def _fill(memory: np.ndarray, file: h5py.File, dataset: h5py.Dataset) -> Iterator[np.ndarray]:
-    """Read a dataset's bytes into memory (bytes,), by pieces."""
-    descriptor, offset = file.id.get_vfd_handle(), dataset.id.get_offset() or 0
-    for start in range(0, len(memory), PIECE_BYTES):
-        piece = memory[start : start + PIECE_BYTES]
-        yield piece[: os.preadv(descriptor, [piece], offset + start)]
 
 
 def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> h5py.Dataset:
@@ -253,20 +221,6 @@ def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> 
             f"{expected['dtype']} {expected['shape']}; {_ADVICE}"
         )
     return dataset
-
-
-def _verify(
-    file: h5py.File, name: str, dataset: h5py.Dataset, expected: Mapping[str, Any] | None, pieces: Iterable[np.ndarray]
-) -> None:
-    """Hold a dataset's bytes against their number and both checksums."""
-    recorded, hasher, held = _recorded(dataset), blake3(), 0
-    for piece in pieces:
-        hasher.update(piece)
-        held += len(piece)
-    if held != dataset.nbytes:
-        raise Damaged(f"{file.filename}: ends within {name}; {_ADVICE}")
-    if hasher.hexdigest() != recorded or (expected is not None and expected["blake3"] != recorded):
-        raise Damaged(f"{file.filename}: the checksum of {name} does not match its bytes; {_ADVICE}")
 
 
 def _claim_problem(file: h5py.File, dataset: Any) -> str | None:
@@ -306,11 +260,15 @@ def _json_bytes(value: Any) -> np.ndarray:
 
 def checksum(array: np.ndarray) -> str:
     """The BLAKE3 of an array's bytes, in hex: as cryptographic as SHA-256, and several times as fast."""
-    return blake3(_bytes(array)).hexdigest()
+    return blake3(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _errno(error: BaseException) -> int | None:
+    """The system's number for what went wrong; where a file cannot be closed, h5py has it in its message alone."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"errno = (\d+)", str(error)) if isinstance(error, (OSError, RuntimeError)) else None
+    return int(found[1]) if found else None
 
 
 def _one_line(error: Exception) -> str:

@@ -3,9 +3,9 @@
     RUN/checkpoints/round-000015/global.h5        shared parts, layout, configuration, metrics; written by rank 0
     RUN/checkpoints/round-000015/client-0003.h5   a client's own tensors; written by the rank that hosts it
 
-Commit: every file is written under a temporary folder, closed, synced, read back and renamed within it. When all are
-there, rank 0 completes `global.h5`, which lists them with their digests, syncs the folder, and one rename makes it
-visible.
+Commit: every file is written under a temporary folder, closed, synced and renamed within it. When all are there, rank 0
+completes `global.h5`, which lists them with their digests, syncs the folder, and one rename makes it visible. Every
+reading verifies all checksums; what a disk lost in silence is found then, and at least one older checkpoint is there.
 This module knows files and folders; it neither communicates nor knows what the tensors mean. See `file`.
 """
 

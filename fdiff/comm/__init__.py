@@ -1,6 +1,7 @@
 """Communicators: how ranks sum tensors, vote, and notice that one is lost.
 
-Open `base.py` first: the protocol that all of them follow; `schedule.py` says which rank sends what to whom in a sum.
+Open `base.py` first: the protocol that all of them follow. `collectives.py` says which sums are the library's own
+all-reduce, and which go round the ring of `schedule.py`.
 The only room that imports torch.distributed or mpi4py. It knows nothing of models and clients.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from fdiff.comm.available import transports
 from fdiff.comm.base import Communicator, Ledger, LostRanks, Sum, agree, exchange_json, gather
+from fdiff.comm.collectives import Collectives
 from fdiff.comm.mpi_library import STARTERS
 from fdiff.comm.schedule import PHASES, loads
 from fdiff.comm.solo import SoloCommunicator
@@ -35,7 +37,7 @@ def connect(runtime: RuntimeConfig, launch: Launch) -> Communicator:
     if kind == "mpi":
         from fdiff.comm.mpi import MpiCommunicator
 
-        return MpiCommunicator(launch, runtime.timeout_s)
+        return MpiCommunicator(launch, runtime.timeout_s, runtime.partial_sums)
     return _connect_torch(runtime, launch)
 
 
@@ -50,4 +52,4 @@ def _connect_torch(runtime: RuntimeConfig, launch: Launch) -> Communicator:
 
         place = agree_on_rendezvous(launch, runtime.timeout_s)
     store = torch_dist.tcp_store(place.address, place.port, place.serve, place.attempt, launch.size, runtime.timeout_s)
-    return torch_dist.TorchCommunicator(store, launch.rank, launch.size, runtime.timeout_s)
+    return torch_dist.TorchCommunicator(store, launch.rank, launch.size, runtime.timeout_s, runtime.partial_sums)

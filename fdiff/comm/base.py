@@ -38,7 +38,7 @@ class Sum:
     """A contiguous tensor to be summed, in place, over its reporters, and written to its receivers as well.
 
     Both are sorted, and no rank is in both; on other ranks the tensor is not touched. `weights` has the factor by which
-    a reporter's tensor counts; none: 1 each. To scale here costs less than before, where it takes a pass over all.
+    a reporter's tensor counts; none: 1 each.
     """
 
     tensor: Tensor
@@ -57,7 +57,10 @@ class Sum:
 
 
 class Ledger:
-    """Payload bytes that this rank sent, by purpose; the purposes are what may leave a client, and nothing else."""
+    """Payload bytes that this rank sent, by purpose; the purposes are what may leave a client, and nothing else.
+
+    The bytes are nominal: what a ring moves. A library may move others; only counters of interfaces measure that.
+    """
 
     PURPOSES = ("parameters", "ema", "statistics", "pictures")
 
@@ -99,17 +102,11 @@ class Communicator(Protocol):
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """Make ready for payload on the device; every rank calls it once, after they agreed that nothing is amiss."""
 
-    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory (size,), not initialised, for what is to be summed again and again.
-
-        On the host ranks of one node read it of each other. A sum's tensor lies in such memory on all ranks or on none.
-        """
-
     def combine(self, sums: Sequence[Sum]) -> None:
         """Carry out several sums at once; all ranks give the same ones. Each is bit-equal wherever it goes.
 
-        Their tensors have one dtype and device. For r reporters and m receivers the ranks together send 2(r-1)+m times
-        its tensor.
+        Their tensors have one dtype and device. For r reporters and m receivers the ranks together nominally send
+        2(r-1)+m times its tensor.
         """
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
-from fdiff.comm.base import Sum
-from fdiff.comm.neighbours import Neighbours
+from fdiff.comm.base import Ledger, Sum
+from fdiff.errors import UserError
 
 GROUPS_KEPT = 16  # a USPLIT run draws new pairs each round, and every group costs sockets and, with NCCL, memory
 ROLL_CALL_S = 4.0  # how long a rank in trouble waits for a sign of life of those that it was talking to
 ANSWER_GRACE_S = 2.0  # how long the others wait for rank 0's answer beyond the time-out itself
 LINGER_S = 1.0  # how long a rank that failed stays, so that its end does not end the one that is to say why
 
-T = TypeVar("T")
+RING_BY_DEFAULT = ("gloo", "mpi")  # where the library's own calls were measured to be slower: see README.md
+TICK_S = 0.5  # between two looks at the others, of a rank whose operation runs aside
+
+PartialSums = Literal["auto", "library", "ring"]
+T = TypeVar("T")  # what a backend takes for a group of ranks
+R = TypeVar("R")
 
 
 class Groups(Generic[T]):
@@ -48,19 +55,71 @@ class Groups(Generic[T]):
             self._free(self._kept.popitem(last=False)[1])
 
 
-class Collectives:
-    """What follows from `combine`, and from who the neighbours are."""
+class Collectives(ABC, Generic[T]):
+    """Sums from a backend's own all-reduce and broadcast, or from its sends and receives: see `schedule`.
 
-    _neighbours: Neighbours
+    Where every rank reports, the library's all-reduce; where some only receive, the ring if `_ring`, the same on all
+    ranks.
+    """
 
-    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See Communicator."""
-        on_host = device.type == "cpu"
-        return self._neighbours.allocate(size, dtype) if on_host else torch.empty(size, dtype=dtype, device=device)
+    rank: int
+    size: int
+    ledger: Ledger
+    _ring: bool
 
     def combine(self, sums: Sequence[Sum]) -> None:
         """See Communicator."""
-        raise NotImplementedError
+        sums = [s for s in sums if len(s.ranks) > 1]
+        if any(self.rank in s.ranks for s in sums):
+            self.ledger.count(0)  # who only receives needs a purpose too, or it would wait for those that have none
+        for one in sums:
+            if not self._goes_round(one):
+                self.by_library(one)
+        if mine := [s for s in sums if self._goes_round(s) and self.rank in s.ranks]:
+            self._by_ring(mine)
+
+    def _goes_round(self, one: Sum) -> bool:
+        return self._ring and len(one.reporters) < self.size
+
+    def by_library(self, one: Sum) -> None:
+        """A sum by the backend's all-reduce among its reporters, then its broadcast from the first to the receivers.
+
+        Every rank calls it, also one that has no part in the sum. LostRanks.
+        """
+        reporters, receivers, tensor = one.reporters, one.receivers, one.tensor
+        if self.rank in reporters and one.weight(self.rank) != 1:
+            tensor.mul_(one.weight(self.rank))
+        if len(reporters) > 1:
+            group = self._group(reporters)
+            if self.rank in reporters:
+                self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * tensor.nbytes)
+                self._all_reduce(tensor, group, reporters)
+        if receivers:
+            to = tuple(sorted((reporters[0], *receivers)))
+            group = self._group(to)
+            if self.rank in to:
+                self.ledger.count(len(receivers) / len(to) * tensor.nbytes)
+                self._broadcast(tensor, reporters[0], group, to)
+
+    @abstractmethod
+    def _by_ring(self, sums: Sequence[Sum]) -> None:
+        """Carry out sums in all of which this rank takes part, all at once."""
+
+    @abstractmethod
+    def _group(self, ranks: tuple[int, ...]) -> T:
+        """The backend's group of these ranks; every rank asks for it."""
+
+    @abstractmethod
+    def bare_all_reduce(self, tensor: Tensor) -> None:
+        """The backend's blocking all-reduce over all ranks, to be measured: it watches, counts and names nobody."""
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor, group: T, ranks: tuple[int, ...]) -> None:
+        """The backend's all-reduce, in place, in the group of these ranks, of which this is one; LostRanks."""
+
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor, source: int, group: T, ranks: tuple[int, ...]) -> None:
+        """The backend's broadcast, in place, in the group of these ranks, of which this is one; LostRanks."""
 
     def all_reduce(self, tensor: Tensor, ranks: Sequence[int]) -> None:
         """See Communicator."""
@@ -69,6 +128,40 @@ class Collectives:
     def broadcast(self, tensor: Tensor, source: int, ranks: Sequence[int]) -> None:
         """See Communicator."""
         self.combine([Sum(tensor, (source,), tuple(r for r in ranks if r != source))])
+
+
+def uses_ring(partial_sums: PartialSums, backend: str) -> bool:
+    """Whether sums that only some report go round our own ring; UserError if the backend has none, on every rank."""
+    if partial_sums == "ring" and backend == "nccl":
+        error = UserError("runtime.partial_sums: 'ring' is for gloo and MPI, not for NCCL; use auto or library")
+        error.agreed = True
+        raise error
+    return partial_sums == "ring" or (partial_sums == "auto" and backend in RING_BY_DEFAULT)
+
+
+def aside(operation: Callable[[], R], look: Callable[[], None]) -> R:
+    """Run the operation in a thread of its own, with a look at the world every TICK_S; its result, or its error.
+
+    If the look raises, so does this; the thread is left behind, and ends with the process at the latest.
+    """
+    ended: queue.SimpleQueue[tuple[R | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((operation(), None))
+        except BaseException as error:  # whatever it is, it is the caller's
+            ended.put((None, error))
+
+    threading.Thread(target=run, name="fdiff-comm", daemon=True).start()
+    while True:
+        try:
+            result, error = ended.get(timeout=TICK_S)
+        except queue.Empty:
+            look()
+            continue
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
 
 
 def find_lost(alarms: Sequence[tuple[list[int], str, str]], alive: Collection[int]) -> tuple[list[int], str]:

@@ -1,7 +1,7 @@
-"""Ranks over MPI, through mpi4py: sums from its sends and receives, in place on the tensors' memory.
+"""Ranks over MPI, through mpi4py: its all-reduce and broadcast, in place on the tensors' memory.
 
-Its own non-blocking all-reduce took twice as long as this on 2 ranks, and its blocking one can be neither watched nor
-shared by ranks that outnumber the cores.
+Where the library lets threads call it (MPI_THREAD_MULTIPLE), a blocking call has a thread of its own, which is watched;
+else a call that does not block is tested again and again.
 
 GPU tensors are handed over by their device pointers if the library says that it is CUDA-aware, else they travel
 through one pinned host buffer, which is kept and grows to what one call needs.
@@ -24,16 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fdiff.comm.base import Ledger, Sum, check_devices
-from fdiff.comm.collectives import LINGER_S, Collectives
+from fdiff.comm.base import Ledger, Sum, check_devices, exchange_json
+from fdiff.comm.collectives import LINGER_S, Collectives, Groups, PartialSums, R, uses_ring
 from fdiff.comm.mpi_control import MpiControl
 from fdiff.comm.mpi_library import library_name, start_mpi, takes_device_pointers
-from fdiff.comm.neighbours import Neighbours
 from fdiff.comm.transfers import Transfers
 from fdiff.runtime import Launch, Rendezvous
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Request
+    from mpi4py.MPI import Intracomm, Request
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +43,21 @@ SUM_TAG, TENSOR_TAG = 4, 5
 _TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.uint8: "UINT8_T", torch.int64: "INT64_T"}
 
 
-class MpiCommunicator(Collectives):
+class MpiCommunicator(Collectives[Any]):
     """A communicator over MPI_COMM_WORLD. UserError if MPI is missing or its world is not the launcher's."""
 
     name = "mpi"
 
-    def __init__(self, launch: Launch, timeout_s: float) -> None:
+    def __init__(self, launch: Launch, timeout_s: float, partial_sums: PartialSums = "auto") -> None:
         self._MPI = start_mpi(launch)
         self._world = self._MPI.COMM_WORLD.Dup()
         self._control = MpiControl(self._MPI, self._MPI.COMM_WORLD.Dup(), timeout_s)
         self.rank, self.size = launch.rank, launch.size
         self.ledger = Ledger()
-        self._neighbours = Neighbours()
-        self._transfers = Transfers(self.rank, self.ledger, self._neighbours)
+        self._ring = uses_ring(partial_sums, self.name)
+        self._groups: Groups[Intracomm | None] = Groups(self._create, self._free)
+        self._transfers = Transfers(self.rank, self.ledger)
+        self._blocks = self._MPI.Query_thread() == self._MPI.THREAD_MULTIPLE
         self._device_pointers = False
         self._host, self._host_taken = torch.empty(0, dtype=torch.uint8), 0
         self._chunk_bytes = CHUNK_BYTES if self._MPI.Get_version() < (4, 0) else sys.maxsize
@@ -64,26 +65,46 @@ class MpiCommunicator(Collectives):
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """See Communicator. UserError on all ranks if two share a GPU unasked."""
         check_devices(self, device, share_gpu)
+        self._blocks = all(exchange_json(self, self._blocks))  # the two kinds of calls do not match each other
         if device.type == "cuda":
             self._device_pointers = takes_device_pointers(self._MPI)
             way = "by device pointer" if self._device_pointers else "through pinned host memory (it is not CUDA-aware)"
             log.info("%s moves GPU tensors %s", library_name(self._MPI), way)
-        else:
-            self._neighbours.meet(self)
 
     # --- payload
 
-    def combine(self, sums: Sequence[Sum]) -> None:
-        """See Communicator."""
-        mine = [s for s in sums if len(s.ranks) > 1 and self.rank in s.ranks]
-        if not mine:
-            return
-        self.ledger.count(0)  # who only receives has to have a purpose too, or it would wait for those that have none
-        what = "all-reduce" if any(len(s.reporters) > 1 for s in mine) else "broadcast"
-        members = tuple(sorted({r for s in mine for r in s.ranks}))
+    def _by_ring(self, sums: Sequence[Sum]) -> None:
+        what = "all-reduce" if any(len(s.reporters) > 1 for s in sums) else "broadcast"
+        members = tuple(sorted({r for s in sums for r in s.ranks}))
         with ExitStack() as stages, self._control.naming_errors(what):
-            here = [replace(s, tensor=stages.enter_context(self._reachable(s.tensor))) for s in mine]
-            self._transfers.carry_out(here, self._post, lambda requests: self._control.watch(requests, what, members))
+            here = [replace(s, tensor=stages.enter_context(self._reachable(s.tensor))) for s in sums]
+            self._transfers.carry_out(here, self._post, lambda requests: self._control.wait(requests, what, members))
+
+    def _all_reduce(self, tensor: Tensor, group: Intracomm, ranks: tuple[int, ...]) -> None:
+        call = group.Allreduce if self._blocks else group.Iallreduce
+        with self._reachable(tensor) as buffer:
+            self._each_chunk(buffer, lambda memory: call(self._MPI.IN_PLACE, memory), "all-reduce", ranks, self._blocks)
+
+    def _broadcast(self, tensor: Tensor, source: int, group: Intracomm, ranks: tuple[int, ...]) -> None:
+        call, root = group.Bcast if self._blocks else group.Ibcast, ranks.index(source)
+        with self._reachable(tensor) as buffer:
+            self._each_chunk(buffer, lambda memory: call(memory, root), "broadcast", ranks, self._blocks)
+
+    def _group(self, ranks: tuple[int, ...]) -> Any:
+        return self._world if len(ranks) == self.size else self._groups.of(ranks)
+
+    def _create(self, ranks: tuple[int, ...]) -> Intracomm | None:
+        if self.rank not in ranks:
+            return None
+        return self._calling(lambda: self._world.Create_group(self._world.Get_group().Incl(ranks)), ranks)
+
+    def _free(self, group: Intracomm | None) -> None:
+        if group is not None:
+            self._calling(group.Free, range(self.size))
+
+    def _calling(self, call: Callable[[], R], ranks: Sequence[int]) -> R:
+        """A call that has no form that does not block: watched where threads may call."""
+        return self._control.watch(call, "creation of a group", ranks) if self._blocks else call()
 
     def _post(self, sends: bool, tensor: Tensor, rank: int) -> Request:
         memory = self._memory(tensor)
@@ -140,17 +161,36 @@ class MpiCommunicator(Collectives):
         return not tensor.is_cuda or self._device_pointers
 
     def _each_chunk(
-        self, tensor: Tensor, start: Callable[[list[Any]], Request], what: str, ranks: Sequence[int]
+        self,
+        tensor: Tensor,
+        call: Callable[[list[Any]], Request | None],
+        what: str,
+        ranks: Sequence[int],
+        blocks: bool = False,
     ) -> None:
-        """Run an operation on the tensor's memory, in as many pieces as the library's counts need."""
+        """Run an operation on the tensor's memory, in as many pieces as the library's counts need.
+
+        One that `blocks` has a thread of its own.
+        """
         flat = tensor.view(-1)
-        for piece in flat.split(max(1, self._chunk_bytes // flat.itemsize)):
+        pieces = [self._memory(piece) for piece in flat.split(max(1, self._chunk_bytes // flat.itemsize))]
+
+        def run() -> None:
+            if tensor.is_cuda:
+                torch.cuda.set_device(tensor.device)  # of this thread
+            for piece in pieces:
+                call(piece)
+
+        if blocks:
+            self._control.watch(run, what, ranks)
+            return
+        for piece in pieces:
             with self._control.naming_errors(what):
-                request = start(self._memory(piece))
-            self._control.watch([request], what, ranks)
+                request = call(piece)
+            self._control.wait([request], what, ranks)
 
     def bare_all_reduce(self, tensor: Tensor) -> None:
-        """The library's own blocking all-reduce over all ranks, to be measured: nobody watches it."""
+        """See Collectives."""
         with self._reachable(tensor) as buffer:
             self._world.Allreduce(self._MPI.IN_PLACE, self._memory(buffer))
 

@@ -1,9 +1,9 @@
 """The control plane over MPI, and how any operation of MPI is waited for: with a time-out, and naming who is missing.
 
-Nothing here blocks: operations are started and tested, first yielding only, then with sleeps that grow with the wait,
-so that ranks that wait leave the cores to those that still compute. A blocking call would spin instead: measured on
-4 ranks of MPICH on 2 cores, an all-reduce of 12 MB took seconds, and this way 24 ms; where the cores suffice, both take
-the same time.
+In the control plane nothing blocks: operations are started and tested, first yielding only, then with sleeps that grow
+with the wait, so that ranks that wait leave the cores to those that still compute. A blocking call spins instead; those
+of the payload, which begin when a vote has brought all ranks together, have a thread of their own (`watch`), from which
+this one looks up now and then. Without MPI_THREAD_MULTIPLE they are started and tested as well (`wait`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from fdiff.comm.base import LostRanks
-from fdiff.comm.collectives import ANSWER_GRACE_S, ROLL_CALL_S, find_lost, pack, unpack
+from fdiff.comm.collectives import ANSWER_GRACE_S, ROLL_CALL_S, aside, find_lost, pack, unpack
 from fdiff.errors import RunError
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 COLLECT, ANSWER, ALIVE = 1, 2, 3  # tags
 SPIN_S = 1e-3  # yielding to others that can run, without a pause
 PAYLOAD_SLEEP_S, CONTROL_SLEEP_S = 2e-4, 5e-3  # the longest pause; payload moves only while it is tested
+
+T = TypeVar("T")
 
 
 class MpiControl:
@@ -42,17 +44,33 @@ class MpiControl:
         with self.naming_errors("exchange"):
             return self._collect(value) if self._rank == 0 else self._ask(value)
 
-    def watch(self, requests: Sequence[Request], what: str, ranks: Sequence[int]) -> None:
-        """Wait for the requests of an operation that all of `ranks` take part in.
+    def watch(self, operation: Callable[[], T], what: str, ranks: Sequence[int]) -> T:
+        """Run a blocking operation that all of `ranks` take part in, in a thread of its own; the result.
 
-        If it does not end within the time-out: LostRanks that names those that give no sign of life.
+        If it does not end within the time-out: LostRanks that names those that give no sign of life. It is then left
+        behind. For libraries that give MPI_THREAD_MULTIPLE.
         """
+        began = time.monotonic()
+
+        def look() -> None:
+            self._join_roll_call()
+            if time.monotonic() - began > self._timeout_s:
+                self._give_up(what, ranks)
+
+        with self.naming_errors(what):
+            return aside(operation, look)
+
+    def wait(self, requests: Sequence[Request], what: str, ranks: Sequence[int]) -> None:
+        """The same for the requests of an operation that does not block, which moves only while it is waited for."""
         statuses = [self._MPI.Status() for _ in requests]
         with self.naming_errors(what, statuses):
             done = partial(self._MPI.Request.Testall, requests, statuses)
             if not self._until(done, self._timeout_s, PAYLOAD_SLEEP_S):
-                reason = f"rank {self._rank}: the {what} did not end within {self._timeout_s:g} s"
-                self._roll_call(ranks, f"was lost during the {what}", reason)
+                self._give_up(what, ranks)
+
+    def _give_up(self, what: str, ranks: Sequence[int]) -> NoReturn:
+        reason = f"rank {self._rank}: the {what} did not end within {self._timeout_s:g} s"
+        self._roll_call(ranks, f"was lost during the {what}", reason)
 
     @contextmanager
     def naming_errors(self, what: str, statuses: Sequence[Status] = ()) -> Iterator[None]:
@@ -138,11 +156,14 @@ class MpiControl:
         def done_or_called() -> bool:
             if done():
                 return True
-            if self._comm.Iprobe(self._MPI.ANY_SOURCE, ALIVE):
-                self._roll_call()
+            self._join_roll_call()
             return False
 
         return _until(done_or_called, seconds, longest_sleep_s)
+
+    def _join_roll_call(self) -> None:
+        if self._comm.Iprobe(self._MPI.ANY_SOURCE, ALIVE):
+            self._roll_call()
 
     def _miss(self, ranks: Sequence[int]) -> NoReturn:
         """Some are late. They may live and themselves wait for a lost one, in an operation that we are no part of."""

@@ -23,7 +23,7 @@ def start_mpi(launch: Launch) -> ModuleType:
             raise UserError(problem)  # before the library finds out: it would end the process
         with warnings.catch_warnings():  # mpi4py's own suspicion; ours follows
             warnings.simplefilter("ignore", RuntimeWarning)
-            MPI.Init_thread(MPI.THREAD_FUNNELED)
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
         MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
     world = MPI.COMM_WORLD
     if problem := world_problem(launch, world.Get_rank(), world.Get_size(), library_name(MPI)):

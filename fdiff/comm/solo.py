@@ -23,10 +23,6 @@ class SoloCommunicator:
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """Nothing to make ready."""
 
-    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Plain memory: there is nobody to share it with."""
-        return torch.empty(size, dtype=dtype, device=device)
-
     def combine(self, sums: Sequence[Sum]) -> None:
         """The sum over one rank is its tensor."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -19,10 +17,9 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from fdiff.comm.base import LostRanks
-from fdiff.comm.collectives import ANSWER_GRACE_S, LINGER_S, ROLL_CALL_S, find_lost, pack, unpack
+from fdiff.comm.collectives import ANSWER_GRACE_S, LINGER_S, ROLL_CALL_S, TICK_S, aside, find_lost, pack, unpack
 from fdiff.comm.heartbeat import Heartbeat
 
-TICK_S = 0.5  # between two looks at the alarm, and at whether the store still answers
 SLEEP_S = 0.1  # longest sleep between two looks at the store
 FAREWELL_S = 3.0  # how long rank 0 serves the store to those that have not left yet
 
@@ -61,7 +58,7 @@ class StoreControl:
                 raise RuntimeError(f"it did not end within {self._timeout_s:g} s")
 
         try:
-            return _aside(operation, look)
+            return aside(operation, look)
         except LostRanks:
             raise
         except RuntimeError as error:
@@ -92,7 +89,7 @@ class StoreControl:
 
         self._progress = time.monotonic()
         try:
-            return _aside(questions, look)
+            return aside(questions, look)
         except dist.DistError as error:
             raise self._lost([0], "is gone, and with it the store through which the ranks talk") from error
 
@@ -189,28 +186,3 @@ class StoreControl:
             self._wait([f"gone/{r}" for r in others], FAREWELL_S, heed_alarm=False)
         elif failed:
             time.sleep(LINGER_S)
-
-
-def _aside(operation: Callable[[], T], look: Callable[[], None]) -> T:
-    """Run the operation in a thread of its own, with a look at the world every TICK_S.
-
-    If the look raises, so does this; the thread is left behind, and ends with the process at the latest.
-    """
-    ended: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            ended.put((operation(), None))
-        except BaseException as error:  # whatever it is, it is the caller's
-            ended.put((None, error))
-
-    threading.Thread(target=run, name="fdiff-comm", daemon=True).start()
-    while True:
-        try:
-            result, error = ended.get(timeout=TICK_S)
-        except queue.Empty:
-            look()
-            continue
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]

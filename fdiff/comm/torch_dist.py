@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum, check_devices
-from fdiff.comm.collectives import Collectives, Groups
-from fdiff.comm.neighbours import Neighbours
+from fdiff.comm.collectives import Collectives, Groups, PartialSums, uses_ring
 from fdiff.comm.store_control import StoreControl
 from fdiff.comm.transfers import Transfers
 from fdiff.errors import RunError
@@ -23,24 +22,26 @@ from fdiff.errors import RunError
 NCCL_GRACE_S = 60.0  # NCCL's own watchdog kills the process when its time is up; ours, which can say why, is earlier
 
 
-class TorchCommunicator(Collectives):
+class TorchCommunicator(Collectives[Any]):
     """A communicator over a store that all ranks reach and, once `open` made it, the default process group."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout_s: float, partial_sums: PartialSums = "auto"
+    ) -> None:
         self.name = "torch"
         self.rank, self.size = rank, size
         self.ledger = Ledger()
-        self._store, self._timeout_s = store, timeout_s
+        self._store, self._timeout_s, self._partial_sums = store, timeout_s, partial_sums
         self._control = StoreControl(store, rank, size, timeout_s)
         self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
-        self._neighbours = Neighbours()
-        self._transfers = Transfers(rank, self.ledger, self._neighbours)
+        self._transfers = Transfers(rank, self.ledger)
 
     def open(self, device: torch.device, share_gpu: bool = False) -> None:
         """See Communicator. NCCL for a GPU of one's own, else gloo. UserError on all if ranks share one unasked."""
         check_devices(self, device, share_gpu)
         nccl = device.type == "cuda" and not share_gpu
         self.name = "nccl" if nccl else "gloo"
+        self._ring = uses_ring(self._partial_sums, self.name)
 
         def start() -> None:
             if nccl:
@@ -55,8 +56,6 @@ class TorchCommunicator(Collectives):
             )
 
         self._control.watch(start, "start of the process group", range(self.size))
-        if device.type == "cpu":
-            self._neighbours.meet(self)
 
     @property
     def _patience(self) -> timedelta:
@@ -64,35 +63,22 @@ class TorchCommunicator(Collectives):
 
     # --- payload
 
-    def combine(self, sums: Sequence[Sum]) -> None:
-        """See Communicator. Over NCCL by its own all-reduce and broadcast, one sum after the other."""
-        if self.name == "nccl":
-            for one in sums:
-                self._nccl(one)
-            return
-        mine = [s for s in sums if len(s.ranks) > 1 and self.rank in s.ranks]
-        if not mine:
-            return
-        self.ledger.count(0)  # who only receives has to have a purpose too, or it would wait for those that have none
-        what = "all-reduce" if any(len(s.reporters) > 1 for s in mine) else "broadcast"
+    def _by_ring(self, sums: Sequence[Sum]) -> None:
+        what = "all-reduce" if any(len(s.reporters) > 1 for s in sums) else "broadcast"
         with ExitStack() as stages:
-            here = [replace(s, tensor=stages.enter_context(self._on_host(s.tensor))) for s in mine]
-            members = tuple(sorted({r for s in mine for r in s.ranks}))
+            here = [replace(s, tensor=stages.enter_context(self._on_host(s.tensor))) for s in sums]
+            members = tuple(sorted({r for s in sums for r in s.ranks}))
             self._control.watch(lambda: self._transfers.carry_out(here, _post, _wait), what, members)
 
-    def _nccl(self, one: Sum) -> None:
-        reporters, receivers = one.reporters, one.receivers
-        group = self._group(reporters)
-        if self.rank in reporters and one.weight(self.rank) != 1:
-            one.tensor.mul_(one.weight(self.rank))
-        if self.rank in reporters and len(reporters) > 1:
-            self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * one.tensor.nbytes)
-            self._payload(one.tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", reporters)
-        source, to = reporters[0], tuple(sorted((reporters[0], *receivers)))
-        among = self._group(to)
-        if self.rank in to and receivers:
-            self.ledger.count(len(receivers) / len(to) * one.tensor.nbytes)
-            self._payload(one.tensor, lambda t: dist.broadcast(t, source, group=among, async_op=True), "broadcast", to)
+    def _all_reduce(self, tensor: Tensor, group: Any, ranks: tuple[int, ...]) -> None:
+        self._payload(tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", ranks)
+
+    def _broadcast(self, tensor: Tensor, source: int, group: Any, ranks: tuple[int, ...]) -> None:
+        self._payload(tensor, lambda t: dist.broadcast(t, source, group=group, async_op=True), "broadcast", ranks)
+
+    def bare_all_reduce(self, tensor: Tensor) -> None:
+        """See Collectives."""
+        dist.all_reduce(tensor)
 
     def send(self, tensor: Tensor, to: int) -> None:
         """See Communicator."""
@@ -133,11 +119,8 @@ class TorchCommunicator(Collectives):
         yield buffer
         tensor.copy_(buffer)
 
-    def _group(self, ranks: Sequence[int]) -> Any:
-        """The group of these ranks; of all ranks the world's, of one rank none."""
-        if len(ranks) == self.size:
-            return dist.group.WORLD
-        return self._groups.of(ranks) if len(ranks) > 1 else None
+    def _group(self, ranks: tuple[int, ...]) -> Any:
+        return dist.group.WORLD if len(ranks) == self.size else self._groups.of(ranks)
 
     def _create(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
         def create() -> dist.ProcessGroup | int:

@@ -83,7 +83,7 @@ def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> Ran
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
-    host = together(comm, lambda: Host(Trainer(config, device, comm.allocate), own, comm.allocate))
+    host = together(comm, lambda: Host(Trainer(config, device), own))
     return RankSetup(config, comm, host, images, _committer(config, comm), setting)
 
 

@@ -18,7 +18,7 @@ from fdiff import seeds
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
 from fdiff.errors import RunError
-from fdiff.model import PARTS, Allocate, Buckets, UNet, capture, diffusion, plain
+from fdiff.model import PARTS, Buckets, UNet, capture, diffusion
 from fdiff.plan import is_first
 
 
@@ -52,24 +52,22 @@ def build_model(config: Config) -> UNet:
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(config.run.seed, "weights"))
-        return UNet(
-            config.data.channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes
-        )
+        return UNet(config.data.channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
 
 
 class Trainer:
     """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
-    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in `buckets`, in
-    memory from `allocate`.
+    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in
+    `buckets`.
     """
 
-    def __init__(self, config: Config, device: torch.device, allocate: Allocate = plain) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
-        self.buckets = Buckets(self.model, PARTS, allocate).to(device, self.dtype)
+        self.buckets = Buckets(self.model, PARTS).to(device, self.dtype)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
         if config.optim.ema:

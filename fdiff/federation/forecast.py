@@ -3,7 +3,8 @@
 Trains nothing and needs no data set: everything follows from the plan and from the model's layout.
 
 Time is that of the busiest link, phase by phase (see `schedule`): each rank has one of its own, which carries both
-directions at once. What the processors need to copy and to add is not in it, nor that phases may overlap.
+directions at once. What the processors need to copy and to add is not in it, nor that phases may overlap. Bytes and
+time are nominal, those of a ring: a library's all-reduce may move otherwise.
 """
 
 from __future__ import annotations

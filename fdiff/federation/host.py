@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from fdiff.federation.client import Client, Trainer
-from fdiff.model import Allocate, plain
 from fdiff.plan import SHARED_PARTS
 
 
 class Host:
     """The trainer and the clients that share it. `shared` (n,) are the current global parameters, on the device."""
 
-    def __init__(self, trainer: Trainer, clients: list[Client], allocate: Allocate = plain) -> None:
+    def __init__(self, trainer: Trainer, clients: list[Client]) -> None:
         self.trainer, self.clients = trainer, clients
         self._parts = SHARED_PARTS[trainer.config.method]
         buckets = trainer.buckets
@@ -36,8 +35,7 @@ class Host:
         self._in_place = len(clients) == 1
         self.shared = buckets.flat[self._shared_span]
         if not self._in_place:
-            size, dtype, device = self.shared.numel(), self.shared.dtype, self.shared.device
-            self.shared, self._next = (allocate(size, dtype, device).copy_(self.shared) for _ in range(2))
+            self.shared, self._next = (self.shared.clone() for _ in range(2))
             for client in clients[1:]:
                 client.parked = {name: _host_copy(t) for name, t in self._working().items()}
 

@@ -6,6 +6,6 @@ Open `unet.py` first (the paper's network), then `diffusion.py` (the schedule, t
 
 from __future__ import annotations
 
-from fdiff.model.buckets import Allocate, Buckets, Slot, layout_of, part_sizes, plain
+from fdiff.model.buckets import Buckets, Slot, layout_of, part_sizes
 from fdiff.model.diffusion import alphas_cumprod
 from fdiff.model.unet import PARTS, Encoder, LinearAttention, UNet

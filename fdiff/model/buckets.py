@@ -6,20 +6,13 @@ This module knows tensors and layouts; who averages what is not its business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fdiff.errors import RunError
-
-Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
-
-
-def plain(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory (size,) for values that come later."""
-    return torch.empty(size, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,11 @@ class Buckets:
     """Moves a model's parameters and gradients into two arenas and keeps them there.
 
     `flat` and `grad` are (P,), one dtype, one device; the parts follow each other in canonical order, so a range of
-    neighbouring parts is contiguous as well. `allocate` gives the memory for `flat`.
+    neighbouring parts is contiguous as well.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[str], allocate: Allocate = plain) -> None:
-        self.model, self._allocate = model, allocate
+    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
+        self.model = model
         self.layout = layout_of(model, parts)
         self.sizes = part_sizes(self.layout)
         self._named = dict(model.named_parameters())
@@ -83,7 +76,7 @@ class Buckets:
 
     def _move(self, device: torch.device, dtype: torch.dtype) -> None:
         total = sum(self.sizes.values())
-        self.flat = self._allocate(total, dtype, device)
+        self.flat = torch.empty(total, dtype=dtype, device=device)
         self.grad = torch.zeros(total, device=device, dtype=dtype)
         for slot, start in self._starts():
             parameter, end = self._named[slot.name], start + slot.numel

@@ -141,7 +141,11 @@ def test_round_on_two_ranks_and_not_on_one(tmp_path):
     words = ["--standalone", "--nproc_per_node", 2, script, "bench", "round", "--json", *SMALL]
     env = clean_env(PYTHONPATH=str(ROOT))
     found = results(execute([BIN / "torchrun", *words], tmp_path, env=env).check().out)
-    assert [name.split(",")[0] for name in found] == ["full"] * 3 + ["usplit", "ulatdec", "udec"]
+    whole = [name for name in found if " of " not in name]
+    assert [name.split(",")[0] for name in whole] == ["full"] * 3 + ["usplit", "ulatdec", "udec"]
+    for name in whole:
+        parts = [found[f"{part} of {name}"] for part in ("all-reduce", "vote", "log line", "copy")]
+        assert found[name]["bound"] == pytest.approx(sum(part["ours"] for part in parts))
     assert not list(tmp_path.glob("runs/.bench*"))
     alone = fdiff("bench", "round", *SMALL, cwd=tmp_path)
     assert alone.status == 2 and "1 rank has nothing to send" in alone.err

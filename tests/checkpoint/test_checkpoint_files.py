@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import stat
 import time
@@ -79,6 +80,52 @@ def test_the_digest_tells_files_apart(file, tmp_path):
     read_file(other, digest)
     with pytest.raises(Damaged, match=r"other\.h5: is not the file that its checkpoint lists"):
         read_file(other, read_digest(file))
+
+
+def test_files_written_before_h5py_did_all_are_read(tmp_path):
+    """Layout version 2 as up to commit 6d1e45c: large datasets allocated early, at multiples of 4096 bytes."""
+    path, arrays = tmp_path / "global.h5", {**ARRAYS, "parts/bottleneck": np.arange(20_001, dtype=np.float32)}
+    with h5py.File(path, "w", libver=("v108", "v108"), alignment_threshold=2**16, alignment_interval=4096) as before:
+        manifest = {name: put_as_before(before, name, array) for name, array in arrays.items()}
+        manifest["header"] = put_as_before(before, "header", as_json({**HEADER, "version": 2}))
+        put_as_before(before, "manifest", as_json(manifest))
+        assert before["parts/bottleneck"].id.get_offset() % 4096 == 0
+    back, header = read_file(path)
+    assert header == {**HEADER, "version": 2} and back.keys() == arrays.keys()
+    assert all(np.array_equal(back[name], array) for name, array in arrays.items())
+
+
+def as_json(value) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def put_as_before(file: h5py.File, name: str, array: np.ndarray) -> dict:
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_layout(h5py.h5d.CONTIGUOUS)
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    dataset = file.create_dataset(name, array.shape, array.dtype, dcpl=plist)
+    dataset[()] = array
+    dataset.attrs["blake3"] = np.bytes_(checksum(array))
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "blake3": checksum(array)}
+
+
+@pytest.mark.parametrize("array", [np.zeros((0, 3)), np.array(7), np.arange(2**20 + 1, dtype=np.float32)[::2]])
+def test_empty_scalar_and_strided_arrays_come_back(tmp_path, array):
+    write_file(tmp_path / "global.h5", {"x": array}, HEADER)
+    back = read_file(tmp_path / "global.h5")[0]["x"]
+    assert np.array_equal(back, array) and (back.shape, back.dtype) == (array.shape, array.dtype)
+
+
+def test_a_file_that_finds_no_room_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{os.strerror(errno.EFBIG)}.*global.h5'"):
+            write_file(tmp_path / "global.h5", {"parts/encoder": np.zeros(2**20, np.float32)}, HEADER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_layout_table_is_the_canonical_order():

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from comm_cases import CASES, EVERYBODY, RANKS
+from faults.injections import hold_the_lock, segfault
 from forked_jobs import free_port
 from ranks import End, end_ranks, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
 from fdiff.comm.base import device_problem
-from fdiff.comm.collectives import Groups, find_lost, pack, unpack
+from fdiff.comm.collectives import Groups, find_lost, pack, unpack, uses_ring
 from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
-from fdiff.errors import RunError
+from fdiff.errors import RunError, UserError
 
 
 def run_cases(comm: Communicator) -> dict[str, str]:
@@ -69,6 +71,15 @@ def killed_in_a_group_without_rank_0(comm: Communicator) -> None:
     comm.exchange(b"")  # here rank 0 waits, and has not seen what the others have
 
 
+def segfault_in_a_sum(comm: Communicator) -> None:
+    all_reduce(comm, EVERYBODY)
+    comm.exchange(b"")
+    if comm.rank == 3:
+        threading.Timer(0.002, segfault).start()
+    for _ in range(1000):
+        all_reduce(comm, EVERYBODY)
+
+
 def stopped_in_collective(comm: Communicator) -> None:
     all_reduce(comm, EVERYBODY)
     die(comm, 1, signal.SIGSTOP)
@@ -118,7 +129,9 @@ def test_a_rank_killed_in_training_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [killed_between_vote_and_collective, killed_in_a_group_without_rank_0])
+@pytest.mark.parametrize(
+    "fault", [killed_between_vote_and_collective, killed_in_a_group_without_rank_0, segfault_in_a_sum]
+)
 def test_a_rank_killed_in_a_collective_is_named_long_before_the_time_out(fault, tmp_path: Path) -> None:
     """A broken connection tells; but only its two ends, and the others wait for them."""
     ends = end_ranks(fault, RANKS, tmp_path, patience_s=60)
@@ -170,6 +183,22 @@ def test_exchange_names_a_late_rank(tmp_path: Path) -> None:
     ends = end_ranks(one_comes_late, 3, tmp_path, patience_s=1)
     assert [end.error for end in ends] == ["rank 1 did not answer within 1 s"] * 3
     assert {end.lost for end in ends} == {(1,)}
+
+
+def one_holds_the_lock(comm: Communicator) -> None:
+    all_reduce(comm, EVERYBODY)
+    if comm.rank == 1:
+        hold_the_lock(6)
+    all_reduce(comm, EVERYBODY)
+    comm.exchange(b"")
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_the_interpreters_lock_is_waited_for_or_named(tmp_path: Path) -> None:
+    """For 6 s, of which no heartbeat is sent and no alarm heard: see `tests.faults --only locks` for 30."""
+    run_ranks(one_holds_the_lock, RANKS, tmp_path)
+    ends = end_ranks(one_holds_the_lock, RANKS, tmp_path, patience_s=1)
+    assert [(end.status, end.lost) for end in ends] == [(1, (1,))] * RANKS
 
 
 # --- the store that rank 0 serves ------------------------------------------------------------------------------------
@@ -229,17 +258,22 @@ def test_nobody_serves() -> None:
 
 def grouped_cases(comm: TorchCommunicator) -> None:
     """Every case over the process groups that NCCL needs, here of gloo; so few are kept that some are freed."""
-    collectives.GROUPS_KEPT = 2
-    comm.name = "nccl"
+    collectives.GROUPS_KEPT, comm._ring = 2, False
     for name, run in CASES.items():
         run(comm)
         assert len(comm._groups._kept) <= 2, name
-    comm.name = "gloo"
 
 
 @pytest.mark.slow
-def test_every_case_over_groups_as_nccl_has_them(tmp_path: Path) -> None:
+def test_every_case_by_the_librarys_own_calls_among_groups(tmp_path: Path) -> None:
     run_ranks(grouped_cases, RANKS, tmp_path, timeout_s=120)
+
+
+def test_the_ring_is_the_same_on_all_ranks_and_not_for_nccl() -> None:
+    assert [uses_ring("auto", name) for name in ("gloo", "mpi", "nccl")] == [True, True, False]
+    assert uses_ring("ring", "mpi") and not uses_ring("library", "gloo")
+    with pytest.raises(UserError, match=r"runtime\.partial_sums: 'ring' is for gloo and MPI"):
+        uses_ring("ring", "nccl")
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------

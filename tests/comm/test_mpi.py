@@ -92,6 +92,7 @@ def seconds_since_the_fault(stderr: str) -> float:
         ("stopped-rank-0-mpi", "1: rank 0 did not answer within 3 s"),
         ("stopped-rank-0-torch", "1: rank 0 did not answer within 3 s"),
         ("stopped-in-collective", "0: rank 2 was lost during the all-reduce"),
+        ("locked", "0: rank 2 was lost during the all-reduce"),
         ("stopped-in-pair", "0: rank 2 (was lost during the all-reduce|did not answer within 3 s)"),
     ],
 )
@@ -108,6 +109,16 @@ def test_mpirun_ends_a_job_with_a_killed_rank(what: str, mpi: Mpi) -> None:
     done = mpi.run(3, SCRIPT, what)
     assert seconds_since_the_fault(done.stderr) < 10
     assert "signal 9" in done.stdout + done.stderr  # it says so in its own words
+    assert done.returncode != 0
+
+
+@rare
+@slow
+@pytest.mark.parametrize("what", ["segfault", "segfault-in-collective"])
+def test_mpirun_ends_a_job_with_a_rank_that_segfaults(what: str, mpi: Mpi) -> None:
+    done = mpi.run(3, SCRIPT, what)
+    assert seconds_since_the_fault(done.stderr) < 10
+    assert "signal 11" in done.stdout + done.stderr
     assert done.returncode != 0
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from jobs import ROOT, arrays, clean_env, execute, on_ranks
+import yaml
+from jobs import ROOT, clean_env, execute
 from mpis import find
 
 from fdiff.bench import wire
 from fdiff.bench.network import INTERFACE, Network, network, why_not
 from fdiff.comm import SoloCommunicator
-from fdiff.config import FederationConfig, preset
+from fdiff.config import FederationConfig, preset, to_dict
 from fdiff.federation.forecast import forecast_run
 from fdiff.plan import SHARED_PARTS
 from fdiff.runtime import launcher
@@ -75,8 +77,6 @@ def measured(net, folder) -> dict[str, int]:
 
 
 def planned(method: str) -> int:
-    from dataclasses import replace
-
     federation = FederationConfig(clients=4, rounds=3, local_epochs=1)
     return forecast_run(replace(preset("fmnist"), method=method, federation=federation), RANKS)["wire_bytes"]
 
@@ -91,18 +91,8 @@ def test_usplit_moves_two_thirds_of_full(measured):
     assert abs(measured["usplit"] / measured["full"] - 2 / 3) < 0.02
 
 
-def test_ranks_of_one_node_which_read_each_others_memory_get_the_same_bits(measured, folder):
-    for rank in on_ranks(RANKS, "train", *FLAGS, "--method", "usplit", "--run.dir", "one-node", cwd=folder):
-        rank.check()
-    by_wire, by_memory = (arrays(folder / run, 3) for run in ("usplit", "one-node"))
-    assert by_wire.keys() == by_memory.keys() and by_wire
-    for name, values in by_wire.items():
-        assert np.array_equal(values, by_memory[name]), name
-
-
 # --- the same under mpirun, whose ranks go into the namespaces one by one --------------------------------------------
 
-MPI_CASES = [("openmpi", "usplit"), ("mpich", "full")]
 INTO_NAMESPACE = """#!/bin/sh
 exec ip netns exec {prefix}${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}} "$@"
 """
@@ -112,20 +102,22 @@ TCP_ONLY = {  # neither may notice that its ranks share a node, and use its memo
 }
 
 
-@pytest.mark.parametrize("name, method", MPI_CASES)
-def test_under_mpirun_over_tcp_the_interfaces_count_what_the_plan_says(name, method, net, tmp_path):
-    mpi = find(name)
-    wrapper = tmp_path / "into-namespace"
+@pytest.mark.parametrize("name", ["openmpi", "mpich"])
+def test_under_mpirun_over_tcp_the_interfaces_count(name, net, tmp_path):
+    """Headers apart, what the plan says: round the ring, and by the library's own all-reduce."""
+    mpi, config = find(name), preset("fmnist")
+    wrapper, file = tmp_path / "into-namespace", tmp_path / "config.yaml"
     wrapper.write_text(INTO_NAMESPACE.format(prefix=net.namespaces[0][:-1]))
     wrapper.chmod(0o755)
+    runtime = replace(config.runtime, comm="mpi", device="cpu", threads=1, timeout_s=120.0)
+    file.write_text(yaml.safe_dump(to_dict(replace(config, runtime=runtime))))
     options = [*TCP_ONLY[name], *([net.bridge] if name == "openmpi" else [])]
-    train = [mpi.python, "-m", "fdiff", "train", *FLAGS, "--method", method, "--run.dir", "run"]
-    before = sent(net)
-    command = [*mpi.mpirun, *options, "-n", RANKS, wrapper, *train]
-    execute(command, tmp_path, env=clean_env(PYTHONPATH=str(ROOT))).check()
-    measured = sent(net) - before
-    print(f"{name}, {method}: {measured:,} bytes sent, {planned(method):,} planned")
-    assert planned(method) <= measured <= 1.03 * planned(method)
+    command = [*mpi.mpirun, *options, "-n", RANKS, wrapper, mpi.python, "-m", "fdiff.bench.wire_rank", file, 1000]
+    done = execute(command, tmp_path, env=clean_env(PYTHONPATH=str(ROOT))).check()
+    rows = next(json.loads(line) for line in done.out.splitlines() if line.startswith("["))
+    ratios = {r["name"].split(",")[0]: r["median"] / r["beside"] for r in rows if r["name"].endswith("bytes a round")}
+    print(name, {method: round(ratio, 3) for method, ratio in ratios.items()})
+    assert ratios.keys() == SHARED_PARTS.keys() and all(1 <= ratio <= 1.03 for ratio in ratios.values())
 
 
 # --- over slow links -------------------------------------------------------------------------------------------------

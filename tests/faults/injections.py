@@ -5,12 +5,15 @@ The program has no hooks for this: its functions are wrapped from outside, in th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,8 +27,19 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None:
-    """SIGKILL of a rank in a round: in a training step, between vote and collective, or within a collective."""
+def segfault() -> None:
+    """Read at address 0."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.string_at(0)
+
+
+def hold_the_lock(seconds: float) -> None:
+    """No other thread of this process runs Python meanwhile: a call that does not give the interpreter's lock back."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+def kill_rank(place: str, victim: int, round: int, seed: int, rank: int, die: Callable[[], None] = die) -> None:
+    """The end of a rank in a round: in a training step, between vote and collective, or within a collective."""
     if rank != victim:
         return
     from fdiff.federation.client import Trainer
@@ -44,10 +58,10 @@ def kill_rank(place: str, victim: int, round: int, seed: int, rank: int) -> None
 
     Trainer.train, Trainer.step = noting_round, deadly_step
     if place != "training":
-        _deadly_payload(place, lambda: now["round"] == round, chance)
+        _deadly_payload(place, lambda: now["round"] == round, chance, die)
 
 
-def _deadly_payload(place: str, due, chance: random.Random) -> None:
+def _deadly_payload(place: str, due, chance: random.Random, die: Callable[[], None]) -> None:
     from fdiff.comm.torch_dist import TorchCommunicator
 
     def deadly(payload):
@@ -126,8 +140,12 @@ def stop_in_round(round: int, step: int, victim: int, rank: int) -> None:
     Trainer.train, Trainer.step = counting, stopping
 
 
-def hold_in_round(round: int, seconds: float, rank: int) -> None:
-    """A training step of a round takes its time; the file `held` says that it has begun."""
+def hold_in_round(
+    round: int, seconds: float, rank: int, victim: int | None = None, hold: Callable[[float], object] = time.sleep
+) -> None:
+    """A training step of a round takes its time, on all ranks or one; the file `held` says that it has begun."""
+    if victim not in (None, rank):
+        return
     from fdiff.federation.client import Trainer
 
     train, step = Trainer.train, Trainer.step
@@ -140,7 +158,7 @@ def hold_in_round(round: int, seconds: float, rank: int) -> None:
     def holding(self, *batch):
         if due["now"] and not Path("held").exists():
             Path("held").touch()
-            time.sleep(seconds)
+            hold(seconds)
         return step(self, *batch)
 
     Trainer.train, Trainer.step = choosing, holding

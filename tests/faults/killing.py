@@ -18,6 +18,7 @@ from faults.processes import Job
 from faults.runs import GRACE_S, LOADING, METHODS, committed, equal, goes_on, logged, lost, rounds_there, train
 
 TIMEOUT_S = 5.0
+HELD_S = 30.0
 START_S = 60.0  # a machine under load
 
 
@@ -49,22 +50,28 @@ def commits(row: Row, cases: range, folder: Path) -> None:
     goes_on(row, run, 1, "udec")
 
 
-def ranks(row: Row, cases: range, folder: Path) -> None:
-    """SIGKILL of a client rank of four: in training, between the vote and a collective, within one; four methods, both
+def segfaults(row: Row, cases: range, folder: Path) -> None:
+    """SIGSEGV of a client rank of four, as `ranks`."""
+    ranks(row, cases, folder, signal.SIGSEGV)
+
+
+def ranks(row: Row, cases: range, folder: Path, number: signal.Signals = signal.SIGKILL) -> None:
+    """The end of a client rank of four: in training, between the vote and a collective, within one; four methods, both
     reductions. What was summed in order is then taken up."""
+    die = injections.segfault if number == signal.SIGSEGV else injections.die
     for i in cases:
         place, method, reduction = injections.PLACES[i % 3], METHODS[i % 4], ("fast", "ordered")[i // 4 % 2]
         victim, run = random.Random(i).randrange(1, 4), folder / f"run-{i}"
         more = ("--runtime.reduction", reduction, *(LOADING if i // 3 % 4 == 1 else ()))
         # in the third round: round 2 is being committed, and that began when round 1 was there
-        fault = partial(injections.kill_rank, place, victim, 3, i)
+        fault = partial(injections.kill_rank, place, victim, 3, i, die=die)
         job = Job(train(run.name, method, 4, "--runtime.timeout_s", TIMEOUT_S, *more), 4, folder, fault)
         _until(job, lambda job=job, victim=victim: victim not in job.alive())
         began = time.monotonic()
         ended = job.wait(TIMEOUT_S + GRACE_S)
         named = len(job.errors()) == 1 and _names(victim, job.errors()[0])
         others = [s for r, s in enumerate(job.statuses()) if r != victim]
-        detected = job.statuses()[victim] == -signal.SIGKILL and others == [1, 1, 1] and named
+        detected = job.statuses()[victim] == -number and others == [1, 1, 1] and named
         if not detected:
             row.notes.append(f"{i} {place} {method} rank {victim}: {job.statuses()} {job.said()[-400:]}")
         gone, after_s = lost(run, max(committed(folder, run.name), 1)), max(job.ended_s.values()) - began
@@ -92,6 +99,29 @@ def stopped(row: Row, cases: range, folder: Path) -> None:
         gone, after_s = lost(run, committed(folder, run.name)), max(job.ended_s[r] for r in {0, 1, 2, 3} - {victim})
         detected = goes_on(row, run, 1 + i % 2, METHODS[i % 4]) and detected
         row.saw(detected, lost=gone, hung=not ended, left_over=job.left_over, after_s=after_s - began)
+
+
+def locks(row: Row, cases: range, folder: Path) -> None:
+    """A rank of four holds the interpreter's lock for 30 s: with the default time-out the run goes on, bit-equal; with
+    one of 5 s the rank is named."""
+    for i in cases:
+        victim, run, patient = random.Random(i).randrange(1, 4), folder / f"run-{i}", i % 2 == 0
+        more = () if patient else ("--runtime.timeout_s", TIMEOUT_S)
+        fault = partial(injections.hold_in_round, 2, HELD_S, victim=victim, hold=injections.hold_the_lock)
+        job = Job(train(run.name, METHODS[i // 2 % 4], 3, *more), 4, folder, fault)
+        _until(job, lambda job=job: (job.cwd / "held").exists())
+        began = time.monotonic()
+        ended = job.wait(HELD_S + START_S)
+        (folder / "held").unlink()
+        named = [e for e in job.errors() if _names(victim, e)]
+        if patient:
+            detected = job.statuses() == [0] * 4 and equal(run, 3, METHODS[i // 2 % 4])
+        else:
+            others = max(job.ended_s[r] for r in {0, 1, 2, 3} - {victim}) - began
+            detected = set(job.statuses()) == {1} and len(named) == 1 and others < TIMEOUT_S + GRACE_S
+        if not detected:
+            row.notes.append(f"{i} {patient=} rank {victim}: {job.statuses()} {job.said()[-400:]}")
+        row.saw(detected, lost=lost(run, committed(folder, run.name)), hung=not ended, left_over=job.left_over)
 
 
 def _names(rank: int, error: str) -> bool:

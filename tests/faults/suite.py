@@ -43,6 +43,8 @@ def mounting() -> str | None:
 FAULTS: dict[str, Fault] = {
     "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 8, 200),
     "ranks": Fault("SIGKILL of a client rank", killing.ranks, 8, 100),
+    "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 3, 24),
+    "locks": Fault("a rank holds the interpreter's lock for 30 s", killing.locks, 2, 8),
     "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
     "stopped": Fault("SIGSTOP of one rank", killing.stopped, 2, 20),
     "signals": Fault("SIGTERM or SIGUSR2 at a random time", killing.signals, 4, 24),

@@ -190,34 +190,11 @@ def averages_of_many_clients(comm: Communicator) -> None:
 @case
 def several_sums_at_once(comm: Communicator) -> None:
     """Reporters, receivers and those who are neither, in chunks smaller than a tensor, each to the byte."""
-    check_several_sums(comm, lambda values: values)
-
-
-@case
-def several_sums_in_memory_that_ranks_share(comm: Communicator) -> None:
-    """The same, from memory that the others read; and they are done with it when a sum has come to its end."""
-    cpu = torch.device("cpu")
-
-    def shared(values: Tensor) -> Tensor:
-        return comm.allocate(len(values), values.dtype, cpu).copy_(values)
-
-    for _ in range(3):
-        check_several_sums(comm, shared)
-    tensor = comm.allocate(300_007, torch.float32, cpu)
-    for turn in range(20):
-        tensor.fill_(comm.rank + turn)
-        with comm.ledger.purpose("parameters"):
-            comm.combine([Sum(tensor, (0, 1, 2), (3,), {0: 1.0, 1: 2.0, 2: 3.0})])
-        assert tensor.unique().tolist() == [6 * turn + 8], turn
-    comm.ledger.take()
-
-
-def check_several_sums(comm: Communicator, placed: Callable[[Tensor], Tensor]) -> None:
     whole, transfers.CHUNK_BYTES = transfers.CHUNK_BYTES, 44
     wanted = [((0, 1), (2, 3)), ((3,), (0, 1, 2)), ((0, 2, 3), (1,)), ((1, 2), ()), (EVERYBODY, ()), ((1,), (0, 3))]
     comm.ledger.take()
     try:
-        tensors = [placed(ramp(size) * (comm.rank + 1)) for size in (1021, 3, 202, 101, 500, 1)]
+        tensors = [ramp(size) * (comm.rank + 1) for size in (1021, 3, 202, 101, 500, 1)]
         with comm.ledger.purpose("parameters"):
             comm.combine([Sum(t, *ranks) for t, ranks in zip(tensors, wanted, strict=True)])
     finally:
@@ -228,3 +205,18 @@ def check_several_sums(comm: Communicator, placed: Callable[[Tensor], Tensor]) -
     sent = sum(s.get("parameters", 0) for s in exchange_json(comm, comm.ledger.take()))
     planned = ((2 * (len(r) - 1) + len(m)) * t.nbytes for t, (r, m) in zip(tensors, wanted, strict=True))
     assert sent == sum(planned)
+
+
+@case
+def weighted_sums(comm: Communicator) -> None:
+    """Of all ranks, and of some for the others; again and again, in place."""
+    weights = {0: 1.0, 1: 2.0, 2: 3.0, 3: 0.5}
+    for reporters, receivers, factor in ((EVERYBODY, (), 6.5), ((0, 1, 2), (3,), 6.0)):
+        tensor = torch.empty(300_007)
+        for turn in range(5):
+            tensor.fill_(comm.rank + turn)
+            with comm.ledger.purpose("parameters"):
+                comm.combine([Sum(tensor, reporters, receivers, weights)])
+            total = sum(weights[r] * r for r in reporters) + factor * turn
+            assert tensor.unique().tolist() == [total], (reporters, turn)
+    comm.ledger.take()

@@ -7,15 +7,18 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from comm_cases import CASES, ramp
+from faults.injections import hold_the_lock, segfault
 
-from fdiff.comm import Communicator, LostRanks, connect
+from fdiff.comm import Communicator, LostRanks, collectives, connect
 from fdiff.comm.mpi import MpiCommunicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import RunError, UserError
@@ -35,17 +38,17 @@ class Staged(MpiCommunicator):
 def counted(comm: MpiCommunicator) -> Iterator[list[str]]:
     """What is waited for inside the block, one by one."""
     started: list[str] = []
-    watch = comm._control.watch
+    wait = comm._control.wait
 
     def counting(requests: Sequence[object], what: str, ranks: Sequence[int]) -> None:
         started.append(what)
-        watch(requests, what, ranks)
+        wait(requests, what, ranks)
 
-    comm._control.watch = counting
+    comm._control.wait = counting
     try:
         yield started
     finally:
-        comm._control.watch = watch
+        comm._control.wait = wait
 
 
 def pass_on(comm: MpiCommunicator, tensor: torch.Tensor) -> int:
@@ -61,6 +64,7 @@ def pieces_add_up(comm: MpiCommunicator) -> None:
     whole, comm._chunk_bytes = comm._chunk_bytes, 100
     try:
         CASES["send_and_recv_go_round"](comm)
+        CASES["all_reduce_among_some"](comm)
         assert pass_on(comm, ramp(101)) == 5  # 404 bytes
     finally:
         comm._chunk_bytes = whole
@@ -95,12 +99,22 @@ def errors_say_what_happened(comm: MpiCommunicator) -> None:
         assert comm.rank == 1 and re.match(text, str(error)), error
 
 
+def one_way(comm: MpiCommunicator, ring: bool, blocks: bool, name: str) -> None:
+    comm._ring, comm._blocks = ring, blocks and comm._blocks
+    collectives.GROUPS_KEPT = 2  # some are freed
+    CASES[name](comm)
+    assert len(comm._groups._kept) <= 2
+
+
 def cases() -> None:
-    """Every case of every communicator, and MPI's own; rank 0 prints the errors by name as JSON."""
+    """Every case of every communicator, both ways of partial sums and both of waiting, and MPI's own; rank 0 prints
+    the errors by name as JSON."""
     launch = launcher.detect()
     comm, staged = MpiCommunicator(launch, 30.0), Staged(launch, 30.0)
     comm.open(torch.device("cpu"))
-    runs: dict[str, Callable[[], None]] = {name: lambda run=run: run(comm) for name, run in CASES.items()}
+    runs: dict[str, Callable[[], None]] = {}
+    for ring, blocks in ((True, True), (False, True), (False, False)):
+        runs |= {f"{name}, {ring}, {blocks}": partial(one_way, comm, ring, blocks, name) for name in CASES}
     runs["pieces_add_up"] = lambda: pieces_add_up(comm)
     runs["nothing_is_staged_on_the_cpu"] = lambda: nothing_is_staged_on_the_cpu(comm)
     runs["errors_say_what_happened"] = lambda: errors_say_what_happened(comm)
@@ -147,6 +161,12 @@ def sums(comm: Communicator) -> None:
     with comm.ledger.purpose("parameters"):
         comm.all_reduce(tensor, tuple(range(comm.size)))
     assert torch.equal(tensor, ramp(1000) * sum(range(1, comm.size + 1)))
+
+
+def many_sums(comm: Communicator) -> None:
+    for _ in range(1000):
+        with comm.ledger.purpose("parameters"):
+            comm.all_reduce(ramp(3_000_000), tuple(range(comm.size)))
 
 
 def over(kind: str, fault: Callable[[Communicator], None] = sums) -> None:
@@ -234,6 +254,9 @@ WHAT: dict[str, Callable[[], None]] = {
     "stopped-rank-0-torch": lambda: over("torch", on(0, stop, exchange)),
     "stopped-in-collective": lambda: over("mpi", on(2, stop, sums)),
     "stopped-in-pair": lambda: over("mpi", on(2, stop, pair_while_rank_0_waits, first=pair)),
+    "locked": lambda: over("mpi", on(2, lambda: hold_the_lock(20), sums)),
+    "segfault": lambda: over("mpi", on(1, segfault, exchange)),
+    "segfault-in-collective": lambda: over("mpi", on(1, threading.Timer(0.002, segfault).start, many_sums)),
     "killed-mpi": lambda: over("mpi", on(1, die, exchange)),
     "killed-torch": lambda: over("torch", on(1, die, exchange)),
     "fails": lambda: over("mpi", on(1, fail, exchange)),

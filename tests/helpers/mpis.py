@@ -60,7 +60,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command without the variables of any launcher that may have started the tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    settings = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **(env or {})}
     process = subprocess.Popen(
         command, env=kept | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
