@@ -90,7 +90,7 @@ CASES = {
 FAST = "udec-everything"
 
 
-@pytest.mark.parametrize("case", [FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != FAST)])
+@pytest.mark.parametrize("case", [FAST, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != FAST)])
 def test_a_run_and_its_resumption(case, monkeypatch, tmp_path):
     config = CASES[case]
     play(replace(config, federation=replace(config.federation, rounds=1)), monkeypatch, tmp_path)
