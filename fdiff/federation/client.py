@@ -182,10 +182,14 @@ class Trainer:
 
 
 def _mean_loss(losses: Tensor, sizes: list[int], steps_before: int) -> float:
-    """Mean over the images of an epoch's step losses (steps,); RunError names the first that is not finite."""
-    finite = losses.isfinite().cpu()
+    """Mean over the images of an epoch's step losses (steps,), copied to the host once; RunError if one is no number.
+
+    It names the first that is not finite.
+    """
+    on_host = losses.cpu()
+    finite = on_host.isfinite()
     if not finite.all():
         step = int(finite.int().argmin())
-        raise RunError(f"step {steps_before + step + 1}: the loss is {losses[step].item()}, not a finite number")
+        raise RunError(f"step {steps_before + step + 1}: the loss is {on_host[step].item()}, not a finite number")
     weights = torch.tensor(sizes, dtype=torch.float64)
-    return float((losses.double().cpu() * weights).sum() / weights.sum())
+    return float((on_host.double() * weights).sum() / weights.sum())

@@ -59,7 +59,8 @@ class Graph(Generic[T]):
         self._graph = torch.cuda.CUDAGraph()
         if noise is not None:
             self._graph.register_generator_state(noise)
-        with torch.cuda.graph(self._graph):
+        # Other threads (a loader's that pins batches, a backend's watchdog) may go on calling the driver meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return step()
 
     def replay(self) -> T:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from called_graph import Called, use_called_graphs
 
 from fdiff.config import OptimConfig, SampleConfig, mini
 from fdiff.data import Shard, open_source
@@ -17,31 +18,9 @@ CONFIG = replace(mini(), optim=OptimConfig(batch_size=8, ema=0.9))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Called(capture.Graph):
-    """What a graph does, on the CPU: it computes while it warms up, and not while it captures."""
-
-    replays = 0
-
-    def _warm(self, step) -> None:
-        for _ in range(capture.WARMUP):
-            step()
-
-    def _capture(self, step, noise):
-        self._step = step
-
-    def replay(self):
-        Called.replays += 1
-        return self._step()
-
-
 @pytest.fixture
 def called(monkeypatch):
-    monkeypatch.setattr(capture, "Graph", Called)
-    monkeypatch.setattr(diffusion, "Graph", Called)
-    for module in (capture, diffusion):
-        monkeypatch.setattr(module, "can_capture", lambda device: True)
-    monkeypatch.setattr(capture, "compiled", lambda function, device: function)
-    monkeypatch.setattr(Called, "replays", 0)
+    use_called_graphs(monkeypatch)
 
 
 def trained(device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
