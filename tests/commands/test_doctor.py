@@ -39,7 +39,12 @@ def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None
 
 @pytest.mark.parametrize(
     "name, backend, ranks",
-    [("torchrun", "gloo", 2), ("openmpi", "mpi", 2), ("mpich", "mpi", 2), pytest.param("srun", "gloo", 3, marks=on_slurm)],
+    [
+        ("torchrun", "gloo", 2),
+        ("openmpi", "mpi", 2),
+        ("mpich", "mpi", 2),
+        pytest.param("srun", "gloo", 3, marks=on_slurm),
+    ],
 )
 def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
     launcher = LAUNCHERS[name]
