@@ -10,9 +10,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from array_files import HEADER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_files import HEADER
 
 from fdiff.checkpoint import directio
 from fdiff.checkpoint.directio import BLOCK_BYTES, PIECE_BYTES, Disk, enclosing_blocks, opened, whole_blocks

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import ROOT, arrays, clean_env, execute, on_ranks
-from mpis import find
+from mpi_libraries import find
 
 from fdiff.bench import wire
 from fdiff.bench.network import INTERFACE, Network, network, why_not

@@ -8,10 +8,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import mpis
+import mpi_libraries
 import pytest
 from jobs import Done, execute, on_ranks
-from launching import LAUNCHERS, environment
+from launchers import LAUNCHERS, environment
 
 pytestmark = pytest.mark.slow
 on_slurm = pytest.mark.xdist_group("slurm")
@@ -70,7 +70,7 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
 
 @on_slurm
 def test_mpich_under_srun(request, tmp_path):
-    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpis.mpich().python, "-m", "fdiff", "doctor", "--json"]
+    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpi_libraries.mpich().python, "-m", "fdiff", "doctor", "--json"]
     flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
     done = execute([*words, *flags], tmp_path, env=environment(LAUNCHERS["srun"], request)).check()
     report = json.loads(done.out)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import ROOT, TINY, arrays, fdiff, largest_difference
-from launching import LAUNCHERS, Job, environment, rounds, started, trainers, wait_for
+from launchers import LAUNCHERS, Job, environment, rounds, started, trainers, wait_for
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
