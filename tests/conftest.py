@@ -19,13 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked rare, too: before a release")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep together the tests of a module, whose fixtures would else be made by each worker."""
+    if not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is rare, and keep together the tests of a module, whose fixtures would else be made twice."""
+    """Leave out what is rare, unless all is asked for."""
     if not config.getoption("--all"):
         rare = [item for item in items if item.get_closest_marker("rare")]
         config.hook.pytest_deselected(items=rare)
-        items[:] = [item for item in items if item not in rare]
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        items[:] = [item for item in items if not item.get_closest_marker("rare")]

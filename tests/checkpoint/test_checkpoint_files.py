@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from array_files import ARRAYS, HEADER, write_one
 from blake3 import blake3
-from made_files import ARRAYS, HEADER, write_one
 
 from fdiff import checkpoint
 from fdiff.checkpoint import file as file_module

@@ -10,10 +10,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from array_files import ARRAYS, HEADER, write_one
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_files import ARRAYS, HEADER, write_one
 
 from fdiff.checkpoint import file as file_module
 from fdiff.checkpoint.file import Damaged, examine, read_file

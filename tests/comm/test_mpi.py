@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mpis import Mpi, find, mpich, open_mpi, run
+from mpi_libraries import Mpi, find, mpich, open_mpi, run
 
 from fdiff.comm import mpi_library
 from fdiff.comm.mpi_library import library_problem, takes_device_pointers, world_problem

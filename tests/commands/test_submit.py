@@ -15,7 +15,7 @@ import pytest
 import submitit
 import yaml
 from jobs import ROOT, TINY, arrays, clean_env, execute, fdiff
-from launching import PYTHON, rounds, started, trainers, wait_for
+from launchers import PYTHON, rounds, started, trainers, wait_for
 
 from fdiff.commands import submit, submit_job
 from fdiff.commands.flags import parse

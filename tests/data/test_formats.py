@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_data import (
+from small_datasets import (
     REPO,
     all_images,
     idx_bytes,

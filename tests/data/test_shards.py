@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_data import (
+from PIL import Image
+from small_datasets import (
     CPU,
     folder,
     needs_gpu,
@@ -19,7 +20,6 @@ from made_data import (
     refusal,
     save,
 )
-from PIL import Image
 
 from fdiff.config import DataConfig
 from fdiff.data import Shard, Source, normalise, open_source, shards

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bars import recorded
 from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
+from progress_bars import recorded
 from ranks import run_ranks
 
 from fdiff import checkpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_files import ARRAYS, HEADER, write_one
+from array_files import ARRAYS, HEADER, write_one
 
 from faults import __main__ as command
 from faults import damage, forging, injections, resuming, runs, suite

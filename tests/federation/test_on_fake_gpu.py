@@ -18,7 +18,7 @@ from fdiff import config as cfg
 from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.data import Shard, normalise, open_source
-from fdiff.evaluation import Scoring, Wanted
+from fdiff.evaluation import Scoring, ScoringRequest
 from fdiff.evaluation.metric_set import MetricSet
 from fdiff.federation import client as clients
 from fdiff.federation import federator, open_checkpoint, rounds
@@ -105,7 +105,8 @@ def test_an_evaluation(monkeypatch, tmp_path):
     for name in ("check", "scores"):  # of numbers that a fake tensor does not have, on the host
         monkeypatch.setattr(MetricSet, name, lambda *_: {})
     with fake_gpu(monkeypatch) as watch:
-        scoring = Scoring(SoloCommunicator(), GPU, config, Wanted(images=6, metrics=("neighbours", "classes")), None)
+        request = ScoringRequest(images=6, metrics=("neighbours", "classes"))
+        scoring = Scoring(SoloCommunicator(), GPU, config, request, None)
         for _ in scoring.score(open_checkpoint(tmp_path / "run"), ema=True):
             pass
     assert set(watch.waits) <= set(MAY_WAIT), watch.waits

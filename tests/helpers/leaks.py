@@ -22,8 +22,9 @@ GRACE_S = 5.0  # for what is about to end
 VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 # tqdm keeps one thread for all its bars, which sleeps.
 THREADS = {"TMonitor"}
-# Names of locks, which a process of multiprocessing's own removes when the last that knows them has ended.
-LOCKS = "sem.mp-"
+# Locks, which a process of multiprocessing's own removes when the last that knows them has ended; and what an MPI
+# library leaves of ranks that were killed, and has of ranks that other users run: nothing of fdiff's.
+NOT_OURS = ("sem.mp-", "mpich_shm_", "sm_segment.")
 # Environments of Python and the caches of tools: git ignores them, and they are made to stay.
 FOLDERS = {".git", ".venv", ".venv-mpich", "__pycache__", ".pytest_cache", ".hypothesis", ".ruff_cache", ".mypy_cache"}
 
@@ -85,7 +86,7 @@ def files(folder: Path) -> Iterator[str]:
 def shared_memory() -> set[str]:
     """The names in the file system of shared memory."""
     there = SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ()
-    return {entry.name for entry in there if not entry.name.startswith(LOCKS)}
+    return {entry.name for entry in there if not entry.name.startswith(NOT_OURS)}
 
 
 def process_groups() -> set[str]:

@@ -15,7 +15,7 @@ from faults import injections
 from faults.processes import Job
 from faults.runs import LOADING, logged, rounds_there, train
 from jobs import arrays
-from launching import wait_for
+from launchers import wait_for
 
 from fdiff.errors import Interrupted
 from fdiff.federation import host
