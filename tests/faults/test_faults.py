@@ -17,11 +17,6 @@ from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
-# Each fault is a group of its own; those on a Slurm test cluster wait for other tests that have one.
-EVERY = [
-    pytest.param(name, marks=pytest.mark.xdist_group("slurm" if name == "slurm" else f"fault {name}"))
-    for name in FAULTS
-]
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
 MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
 
@@ -34,7 +29,7 @@ def inject(name: str, count: int, first: int = 0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault(name):
     inject(name, FAULTS[name].short)
 
