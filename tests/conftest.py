@@ -19,10 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked rare, too: before a release")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep together the tests of a module, whose fixtures would else be made by each worker."""
-    if not item.get_closest_marker("xdist_group"):
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Tests that share something stay with one worker; only where pytest-xdist is there and in use."""
+    from groups import Scheduler
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -69,7 +69,6 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
 
 
 @pytest.mark.usefixtures("slurm_cluster")
-@pytest.mark.xdist_group("slurm")
 def test_mpich_under_srun(request, tmp_path):
     words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpi_libraries.mpich().python, "-m", "fdiff", "doctor", "--json"]
     flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
@@ -166,7 +165,6 @@ def test_more_ranks_than_clients(request, tmp_path):
 
 
 @pytest.mark.usefixtures("slurm_cluster")
-@pytest.mark.xdist_group("slurm")
 def test_an_mpi_that_srun_did_not_start_is_a_world_of_one_and_refused(request, tmp_path):
     launcher = LAUNCHERS["srun"]
     words = launcher.words(2, "doctor", "--runtime.comm", "mpi")

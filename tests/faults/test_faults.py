@@ -18,15 +18,6 @@ from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
 RARE = ("locks",)  # half a minute of standing still for each case
-
-
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    """Each fault is a group of its own; those on a Slurm test cluster wait for other tests that have one."""
-    group = pytest.mark.xdist_group("slurm" if name == "slurm" else f"fault {name}")
-    return [group, pytest.mark.rare] if name in RARE else [group]
-
-
-EVERY = [pytest.param(name, marks=marks_of(name)) for name in FAULTS]
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
 MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
 
@@ -39,7 +30,7 @@ def inject(name: str, count: int, first: int = 0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.rare] * (n in RARE)) for n in FAULTS])
 def test_fault(name):
     inject(name, FAULTS[name].short)
 

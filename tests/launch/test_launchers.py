@@ -20,11 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RANKS = 2  # of four clients; srun has four, on two nodes
 MODES = {"ordered": ("--runtime.reduction", "ordered"), "fast": ("--runtime.reduction", "fast")}
-# The tests of a launcher stay together.
-EVERY = [
-    pytest.param(name, marks=ON_SLURM if launcher.slurm else [pytest.mark.xdist_group(name)])
-    for name, launcher in LAUNCHERS.items()
-]
+EVERY = [pytest.param(name, marks=ON_SLURM * launcher.slurm) for name, launcher in LAUNCHERS.items()]
 PATIENCE_S = 180.0  # for a job to start and to end on a machine with other things to do
 
 

@@ -17,7 +17,7 @@ from jobs import ROOT, TINY, arrays, clean_env, execute
 from launchers import PYTHON, Job, rounds, started, wait_for
 from slurm_cluster import Cluster, job_fields, run, sbatch, wait_for_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 AT = TINY.index("--federation.rounds")
 ORDERED = ("--runtime.reduction", "ordered", "--runtime.timeout_s", "120")

@@ -26,7 +26,7 @@ from slurm_cluster import (
     why_not,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 needs_cluster = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 NODES = {"fdiff1", "fdiff2"}
