@@ -25,7 +25,7 @@ from fdiff.config import Config
 from fdiff.federation import Trainer
 
 aten = torch.ops.aten
-NOTE = "the roofline counts convolutions, products, attention and Adam; not norms, activations, softmax, loss, casts, gaps"
+NOTE = "the roofline counts convolutions, products, attention, Adam; not norms, activations, softmax, loss, casts, gaps"
 MATRICES = {"cpu": (1024, 2048), "cuda": (2048, 8192)}
 COPIES = {"cpu": (1 << 20, 1 << 24, 1 << 28), "cuda": (1 << 22, 1 << 24, 1 << 26, 1 << 30)}  # bytes, in caches and out
 LARGEST = 4  # operations of each kind that are timed, by their floating-point operations

@@ -17,7 +17,7 @@ from fdiff.federation import Trainer, sampling
 from fdiff.model import diffusion
 
 REPEATS = 5
-STEPS = {"cpu": 5, "cuda": 50}  # timed of each sampler's: a step costs the same wherever it is, and 1000 of them minutes
+STEPS = {"cpu": 5, "cuda": 50}  # timed of each sampler's: each step costs the same, and 1000 of them minutes
 
 
 def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:

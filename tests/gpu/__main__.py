@@ -1,4 +1,4 @@
-"""One step: python -m tests.gpu STEP OUT LIMIT_S [--dry-run] [--data FOLDER]; or the table: python -m tests.gpu table OUT"""
+"""One step: python -m tests.gpu STEP OUT LIMIT_S [--dry-run] [--data FOLDER]."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 
 from fdiff.errors import one_line
 from tests.gpu.record import Record
-from tests.gpu.table import table
-
-STEPS = ("tests", "step", "profile", "run", "others")
+from tests.gpu.table import STEPS
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,12 @@ class Setting:
 def main() -> int:
     """Run the step; what goes wrong in it is in its file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=[*STEPS, "table"])
+    parser.add_argument("step", choices=STEPS)
     parser.add_argument("out", type=Path)
-    parser.add_argument("limit_s", type=float, nargs="?", default=60.0)
+    parser.add_argument("limit_s", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--data", type=Path)
     given = parser.parse_args()
-    if given.step == "table":
-        print(table(given.out, STEPS))
-        return 0
     device = torch.device("cpu") if given.dry_run else torch.device("cuda", 0)
     record = Record(given.out, given.step, device, given.dry_run, given.limit_s)
     try:

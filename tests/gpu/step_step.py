@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from fdiff.bench import variants
 from fdiff.bench.step import title
@@ -22,6 +25,7 @@ def run(record: Record, setting: Setting) -> None:
     config = paper(setting)
     if setting.dry:
         variants.REPEATS, variants.WARMUP = 2, 1
+        torch.compile = partial(torch.compile, backend="aot_eager")  # all of a compiler but its minute of C++
         record.skip("captured variants")
     until = time.monotonic() + record.left_s - (0 if setting.dry else LAST_S)
     for variant, found in variants.measure(config, SoloCommunicator(), setting.device, until):

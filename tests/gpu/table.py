@@ -1,16 +1,18 @@
-"""The files of all steps as a Markdown table, ready for fdiff/bench/README.md."""
+"""The files of all steps as a Markdown table, ready for fdiff/bench/README.md: python -m tests.gpu.table OUT."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
+STEPS = ("tests", "step", "profile", "run", "others")
 
-def table(out: Path, steps: Sequence[str]) -> str:
+
+def table(out: Path) -> str:
     """A line for each result, then what failed, was skipped or was not reached."""
-    found = {step: json.loads(path.read_text()) for step in steps if (path := out / f"{step}.json").exists()}
+    found = {step: json.loads(path.read_text()) for step in STEPS if (path := out / f"{step}.json").exists()}
     if not found:
         return "no step left a file"
     any_step = next(iter(found.values()))
@@ -43,3 +45,7 @@ def _notes(step: dict[str, Any]) -> list[str]:
         for name, why in step[key].items()
     ]
     return cut + named
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
