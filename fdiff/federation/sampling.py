@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fdiff import seeds
 from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config, SampleConfig
 from fdiff.errors import one_line
@@ -55,22 +54,13 @@ def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = it
 
     `progress` wraps the iteration over the sampling steps.
     """
-    data, model = config.data, trainer.model
+    model = trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
     labels = indices % config.model.classes if config.model.classes else None
     model.eval()
     try:
         with trainer.autocast():
-            x = diffusion.sample(
-                trainer.denoiser,
-                diffusion.make_sampler(config.diffusion, config.sample),
-                seeds.derive(config.run.seed, "sampling"),
-                indices,
-                (data.channels, data.image_side, data.image_side),
-                trainer.dtype,
-                labels,
-                progress,
-            )
+            x = trainer.drawing(config, len(indices)).draw(indices, labels, progress)
     finally:
         model.train()
     return diffusion.to_uint8(x)

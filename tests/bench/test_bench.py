@@ -102,7 +102,7 @@ def test_a_sampling_step_asks_the_device_for_nothing():
     for steps in (3, 9):
         table = diffusion.make_sampler(config.diffusion, replace(config.sample, steps=steps))
         with Ops() as ops:
-            diffusion.sample(trainer.denoiser, table, 1, torch.arange(2), (1, 16, 16))
+            diffusion.sample(trainer.model, table, 1, torch.arange(2), (1, 16, 16))
         asked.append(ops.calls["_local_scalar_dense"])
     assert asked[0] == asked[1]
 

@@ -44,6 +44,10 @@ MAY_WAIT = {
     "data.shards._load": "images come from a loader",
     "data.shards._fill": "images go to the device, once a run",
     "data.shards.batches": "an epoch's order goes to the device",
+    "evaluation.extractors.__init__": "the extractor's weights go to the device, once",
+    "evaluation.extractors._conv_block": "likewise",
+    "evaluation.extractors._fmnist_extractor": "likewise",
+    "evaluation.features.features_of_source": "the real images go to the device, once",
     "evaluation.features.from_flat": "moments of a model come to the host",
     "evaluation.features.joined": "an evaluation's features come together",
     "evaluation.scoring.__init__": "the real features come to the host, once",
@@ -56,7 +60,7 @@ MAY_WAIT = {
     "federation.snapshot._complete_copies": "a checkpoint's copies are complete",
     "federation.snapshot._fill": "a checkpoint's values go to the device",
     "model.diffusion.make_schedule": "the schedule goes to the device, once",
-    "model.diffusion.sample": "the table of steps goes to the device, once a batch",
+    "model.diffusion.__init__": "the table of steps goes to the device, once for all batches of a size",
 }
 
 

@@ -28,7 +28,6 @@ def use_called_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are captured by the stand-in wherever they run, and nothing is compiled."""
     monkeypatch.setattr(capture, "Graph", Called)
     monkeypatch.setattr(diffusion, "Graph", Called)
-    for module in (capture, diffusion):
-        monkeypatch.setattr(module, "can_capture", lambda device: True)
-    monkeypatch.setattr(capture, "compiled", lambda function, device: function)
+    monkeypatch.setattr(capture, "captures", lambda device, execution="auto": execution != "eager")
+    monkeypatch.setattr(capture, "compiles", lambda device, execution="auto": False)
     monkeypatch.setattr(Called, "replays", 0)

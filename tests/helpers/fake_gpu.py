@@ -93,7 +93,7 @@ def _caller() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("fdiff."):
+        if name.startswith("fdiff.") and not frame.f_code.co_name.startswith("<"):
             return f"{name.removeprefix('fdiff.')}.{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "outside"

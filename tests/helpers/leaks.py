@@ -32,11 +32,13 @@ Found = dict[str, set[str]]  # what there is of each kind
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> Iterator[None]:
+def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test fails that leaves behind what was not there before it.
 
     Fixtures of a module or of the session are made before this one looks, so that they may keep what they hold.
     """
+    for mark in request.node.iter_markers("needs"):
+        request.getfixturevalue(*mark.args)
     before = look()
     yield
     if left := left_since(before):
