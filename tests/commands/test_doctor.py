@@ -12,7 +12,6 @@ import mpi_libraries
 import pytest
 from jobs import Done, execute, on_ranks
 from launchers import LAUNCHERS, environment
-from slurm_cluster import ON_SLURM
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +42,7 @@ def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None
         ("torchrun", "gloo", 2),
         ("openmpi", "mpi", 2),
         ("mpich", "mpi", 2),
-        pytest.param("srun", "gloo", 3, marks=ON_SLURM),
+        ("srun", "gloo", 3),
     ],
 )
 def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
@@ -68,7 +67,6 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
         assert findings(report)["Slurm"]["what"].endswith("partitions debug (up, 2 nodes)")
 
 
-@pytest.mark.usefixtures("slurm_cluster")
 def test_mpich_under_srun(request, tmp_path):
     words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpi_libraries.mpich().python, "-m", "fdiff", "doctor", "--json"]
     flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
@@ -164,7 +162,6 @@ def test_more_ranks_than_clients(request, tmp_path):
     assert done.status == 1 and "1 clients cannot occupy 2 ranks" in done.out
 
 
-@pytest.mark.usefixtures("slurm_cluster")
 def test_an_mpi_that_srun_did_not_start_is_a_world_of_one_and_refused(request, tmp_path):
     launcher = LAUNCHERS["srun"]
     words = launcher.words(2, "doctor", "--runtime.comm", "mpi")

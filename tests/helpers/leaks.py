@@ -22,6 +22,8 @@ GRACE_S = 5.0  # for what is about to end
 VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 # tqdm keeps one thread for all its bars, which sleeps.
 THREADS = {"TMonitor"}
+# The session's Slurm cluster comes up when the first test asks for it, and stays.
+DAEMONS = {"munged", "slurmctld", "slurmd"}
 # Locks, which a process of multiprocessing's own removes when the last that knows them has ended; and what an MPI
 # library leaves of ranks that were killed, and has of ranks that other users run: nothing of fdiff's.
 NOT_OURS = ("sem.mp-", "mpich_shm_", "sm_segment.")
@@ -32,13 +34,11 @@ Found = dict[str, set[str]]  # what there is of each kind
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+def leaves_nothing_behind() -> Iterator[None]:
     """A test fails that leaves behind what was not there before it.
 
     Fixtures of a module or of the session are made before this one looks, so that they may keep what they hold.
     """
-    for mark in request.node.iter_markers("needs"):
-        request.getfixturevalue(*mark.args)
     before = look()
     yield
     if left := left_since(before):
@@ -107,7 +107,8 @@ def processes() -> dict[int, str]:
     """
     ours = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
     found = descendants(os.getpid()) | of_this_test()
-    return {pid: command(pid) for pid in found - ours - {os.getpid()} if not is_over(pid)}
+    commands = {pid: command(pid) for pid in found - ours - {os.getpid()} if not is_over(pid)}
+    return {pid: words for pid, words in commands.items() if not is_daemon(words)}
 
 
 def descendants(pid: int) -> set[int]:
@@ -135,6 +136,11 @@ def command(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200].strip()
     return ""
+
+
+def is_daemon(words: str) -> bool:
+    program = words.partition(" ")[0].removesuffix(":")
+    return Path(program).name in DAEMONS
 
 
 def is_over(pid: int) -> bool:

@@ -14,13 +14,11 @@ import pytest
 from jobs import ROOT, TINY, arrays, fdiff, largest_difference
 from launchers import LAUNCHERS, Job, environment, rounds, started, trainers, wait_for
 from PIL import Image
-from slurm_cluster import ON_SLURM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RANKS = 2  # of four clients; srun has four, on two nodes
 MODES = {"ordered": ("--runtime.reduction", "ordered"), "fast": ("--runtime.reduction", "fast")}
-EVERY = [pytest.param(name, marks=ON_SLURM * launcher.slurm) for name, launcher in LAUNCHERS.items()]
 PATIENCE_S = 180.0  # for a job to start and to end on a machine with other things to do
 
 
@@ -46,7 +44,7 @@ def trained(name: str, mode: str, request: pytest.FixtureRequest, folder: Path) 
     return arrays(folder / "run", 3)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_weights_are_the_same_under_every_launcher(name, alone, request, tmp_path):
     """Bit-equal, in ordered reduction."""
     found = trained(name, "ordered", request, tmp_path)
@@ -55,7 +53,7 @@ def test_the_weights_are_the_same_under_every_launcher(name, alone, request, tmp
 
 
 @pytest.mark.rare  # a launcher has no part in how sums are made: tests/federation/test_rounds.py has fast against alone
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_in_fast_reduction_the_weights_are_all_but_the_same(name, alone, request, tmp_path):
     assert largest_difference(trained(name, "fast", request, tmp_path), alone) <= 1e-6
 
@@ -120,7 +118,7 @@ def seconds_until_all_are_gone(job: Job) -> float:
 HOW = ["killed", pytest.param("exits", marks=pytest.mark.rare)]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("how", HOW)
 def test_a_lost_rank_takes_all_others_along(name, how, request, tmp_path):
     launcher = LAUNCHERS[name]
@@ -144,8 +142,8 @@ def test_a_lost_rank_takes_all_others_along(name, how, request, tmp_path):
 # Who started a rank has no part in what it says: one launcher for each communicator, and one of several nodes.
 MOST_TELLING = ("torchrun", "openmpi", "srun")
 FAILING = [
-    pytest.param(name, marks=[*marks, *(() if name in MOST_TELLING else (pytest.mark.rare,))])
-    for (name,), marks, _ in EVERY
+    pytest.param(name, marks=() if name in MOST_TELLING else pytest.mark.rare)
+    for name in LAUNCHERS
 ]
 
 
