@@ -15,7 +15,7 @@ fail() { echo "tests/gpu.sh: $1" >&2; exit 2; }
 
 while [[ $# -gt 0 ]]; do
     case $1 in
-        --dry-run) dry=(--dry-run) limit_s=([tests]=90 [step]=90 [profile]=90 [run]=90 [others]=90) ;;
+        --dry-run) dry=(--dry-run) limit_s=([tests]=200 [step]=200 [profile]=200 [run]=200 [others]=200) ;;
         --only | --wheels | --pack) [[ $# -gt 1 ]] || fail "$1 wants a value"; declare "${1#--}=$2"; shift ;;
         -*) fail "$1: no such flag; see the head of the file" ;;
         *) [[ -z $out ]] || fail "$1: one OUT is enough"; out=$1 ;;

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fdiff.bench import variants
+from fdiff.bench import roofline, variants
 from fdiff.bench.step import title
 from fdiff.comm import SoloCommunicator
 from tests.gpu.record import Record
@@ -25,6 +25,7 @@ def run(record: Record, setting: Setting) -> None:
     config = paper(setting)
     if setting.dry:
         variants.REPEATS, variants.WARMUP = 2, 1
+        roofline.MATRICES, roofline.COPIES = {"cpu": (256,)}, {"cpu": (1 << 20,)}
         torch.compile = partial(torch.compile, backend="aot_eager")  # all of a compiler but its minute of C++
         record.skip("captured variants")
     until = time.monotonic() + record.left_s - (0 if setting.dry else LAST_S)

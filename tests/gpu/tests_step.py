@@ -13,20 +13,28 @@ if TYPE_CHECKING:
     from tests.gpu.__main__ import Setting
 
 
+LAST_S = 5.0  # no test begins with less
+
+
 class Noting:
     """Notes how each test ended, and what it measured."""
 
     def __init__(self, record: Record) -> None:
         self._record, self._measured = record, {}
 
-    @pytest.hookimpl
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self._record.left_s < LAST_S:
+            self._record.not_reached[item.name] = ""
+            pytest.skip("no time left")
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("::")[2]
         if report.failed:
             self._record.failed[name] = str(report.longrepr).strip().splitlines()[-1][:300]
             print(report.longreprtext, flush=True)
         elif report.skipped:
-            self._record.skip(name, report.longrepr[2].removeprefix("Skipped: "))
+            if name not in self._record.not_reached:
+                self._record.skip(name, report.longrepr[2].removeprefix("Skipped: "))
         elif report.when == "call":
             self._measured[name] = {"seconds": round(report.duration, 1), **dict(report.user_properties)}
             self._record.add(name, measured=self._measured)
