@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-SUBNET = "10.213.0"
+SUBNETS = "10.213"  # of 256 addresses each
 INTERFACE = "eth0"
 BURST_S = 2e-3  # what a link lets through at once, in time at its bandwidth
 SMALLEST_BURST = 65_536  # a packet before it is cut into frames
@@ -32,15 +32,20 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Network:
-    """Its namespaces, one a rank, and the bridge that joins them, whose end here has the address `gate`."""
+    """Its namespaces, one a rank, and the bridge that joins them; `subnet` are the first three bytes of addresses."""
 
     namespaces: tuple[str, ...]
     bridge: str
-    gate: str = f"{SUBNET}.254"
+    subnet: str
+
+    @property
+    def gate(self) -> str:
+        """The address of the bridge's end here."""
+        return f"{self.subnet}.254"
 
     def address(self, rank: int) -> str:
         """Where the others find a rank."""
-        return f"{SUBNET}.{rank + 1}"
+        return f"{self.subnet}.{rank + 1}"
 
     def inside(self, rank: int, *command: object) -> list[str]:
         """A command to be run in a rank's namespace."""
@@ -56,7 +61,7 @@ class Network:
 def network(ranks: int, mbit_per_s: float | None = None) -> Iterator[Network]:
     """A network of so many ranks, gone at the end of the block; OSError with `ip`'s words if it cannot be made."""
     tag = f"fd{os.getpid() % 10_000}x{next(_made)}"  # an interface's name has at most 15 letters
-    made = Network(tuple(f"{tag}n{rank}" for rank in range(ranks)), f"{tag}br")
+    made = Network(tuple(f"{tag}n{rank}" for rank in range(ranks)), f"{tag}br", _free_subnet())
     try:
         _ip("link", "add", made.bridge, "type", "bridge")
         _ip("link", "set", made.bridge, "up")
@@ -68,6 +73,16 @@ def network(ranks: int, mbit_per_s: float | None = None) -> Iterator[Network]:
         for name in made.namespaces:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         subprocess.run(["ip", "link", "del", made.bridge], capture_output=True)
+
+
+def _free_subnet() -> str:
+    """One that no interface here has: of two networks with the same addresses one would not be reached."""
+    taken = _output(["ip", "-oneline", "addr"])
+    subnets = (f"{SUBNETS}.{(os.getpid() + i) % 256}" for i in range(256))
+    found = next((subnet for subnet in subnets if f" {subnet}." not in taken), None)
+    if found is None:
+        raise OSError(f"all networks of {SUBNETS}.0.0/16 are taken; remove those that `ip addr` lists")
+    return found
 
 
 def _join(made: Network, rank: int, name: str, here: str, mbit_per_s: float | None) -> None:
