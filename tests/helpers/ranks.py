@@ -81,6 +81,7 @@ def end_ranks(
         time.sleep(0.02)
     for rank in running:
         ranks[rank][0].kill()
+        ranks[rank][0].join()
     return ends
 
 
