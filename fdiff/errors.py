@@ -41,3 +41,8 @@ def one_line(error: Exception, what: str = "") -> UserError | RunError:
     if isinstance(error, RunError):
         return RunError(prefix + text)
     return RunError(f"{prefix}{type(error).__name__}: {text}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or the error's type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

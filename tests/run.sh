@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them; arguments go to pytest: bash tests/run.sh -m "not slow"
+# `bash tests/run.sh --all` runs the rare ones too.
 # As root it also installs Debian's packages; without root the tests that need those that are missing skip.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh" test
@@ -17,4 +18,6 @@ elif [[ ${#missing[@]} -gt 0 ]]; then
     echo "not installed, so that the tests that need them skip: ${missing[*]} (as root: apt install ${missing[*]})" >&2
 fi
 
-exec .venv/bin/python -m pytest "$@"
+# Two workers, one for each core of a small machine; tests that share something stay with one of them.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"

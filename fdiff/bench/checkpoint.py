@@ -45,7 +45,7 @@ def _measure(config: Config, comm: Communicator, device: torch.device) -> list[R
         size = _bytes_of(federation, comm)
         commit, bound = _commits(federation, play, comm, _writer(run_dir.parent / "bound", size, comm))
         stall = _stalls(federation, play, comm, device, float(np.median(commit)))
-    parameters = sum(federation.host.trainer.buckets.sizes.values())
+    parameters = sum(federation.rank.host.trainer.buckets.sizes.values())
     name = f"{parameters / 1e6:.1f} M parameters, {CLIENTS} clients, {size / 1e6:.0f} MB"
     return [
         compare(f"commit, {name}", commit, bound, "bound", "s"),
@@ -60,7 +60,7 @@ def _player(federation: Federation) -> Callable[[], None]:
 
 def _bytes_of(federation: Federation, comm: Communicator) -> int:
     """Bytes of all arrays of a checkpoint, of all ranks."""
-    held = federation._uncommitted
+    held = federation.commits.prepared
     assert held is not None
     arrays = [a for client in held.clients.values() for a in client.values()]
     arrays += list(held.whole[0].values()) if held.whole else []
@@ -76,8 +76,8 @@ def _commits(
         play()
         comm.exchange(b"")
         began = time.perf_counter()
-        federation.commit()
-        federation.finish_commit()
+        federation.commits.start()
+        federation.commits.finish()
         committed = time.perf_counter()
         write()
         if turn >= 0:
@@ -110,14 +110,14 @@ def _stalls(
     """By how many seconds a round is longer when the one before it is committed meanwhile."""
 
     def committed() -> None:
-        federation.commit()
+        federation.commits.start()
         play()
-        federation.finish_commit()
+        federation.commits.finish()
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a GPU, whose host waits: with all cores busy it would show who shares them
     try:
-        federation.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
+        federation.rank.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
         taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
     finally:
         torch.set_num_threads(threads)
@@ -127,7 +127,7 @@ def _stalls(
 def _working(federation: Federation, seconds: float) -> Callable[..., object]:
     """A training that is a fixed number of matrix products, about so many seconds of them in a round on this rank."""
     matrix = torch.ones(256, 256)
-    report = federation.host.trainer.train
+    report = federation.rank.host.trainer.train
 
     def work(times: int) -> None:
         for _ in range(times):
@@ -137,7 +137,7 @@ def _working(federation: Federation, seconds: float) -> Callable[..., object]:
     began = time.perf_counter()
     work(1000)
     each_s = (time.perf_counter() - began) / 1000
-    times = ceil(seconds / each_s / len(federation.host.clients))
+    times = ceil(seconds / each_s / len(federation.rank.host.clients))
 
     def train(*arguments: object) -> object:
         work(times)

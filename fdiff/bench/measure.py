@@ -138,11 +138,13 @@ def processor() -> str:
         return platform.machine()
 
 
-def table(results: Sequence[Result], about: Mapping[str, Any]) -> str:
-    """The results for a reader, and the machine in a last line."""
-    lines = [f"{'':60} {'ours':>12} {'± spread':>10} {'beside':>12} {'':8} {'unit':9} {'ratio':>8}"]
+def table(results: Sequence[Result], about: Mapping[str, Any], note: str = "") -> str:
+    """The results for a reader, what is to be said of them, and the machine in a last line."""
+    width = max(44, *(len(r.name) for r in results)) if results else 44
+    lines = [f"{'':{width}} {'ours':>12} {'± spread':>10} {'beside':>12} {'':8} {'unit':9} {'ratio':>8}"]
     lines += [
-        f"{r.name:60} {r.median:12.4g} {r.spread:10.2g} {r.beside:12.4g} {r.kind:8} {r.unit:9} {r.ratio:8.3f}"
+        f"{r.name:{width}} {r.median:12.4g} {r.spread:10.2g} {r.beside:12.4g} {r.kind:8} {r.unit:9} {r.ratio:8.3f}"
         for r in results
     ]
-    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)])
+    lines += ["", note] if note else [""]
+    return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)])

@@ -44,7 +44,7 @@ def federation(
         logging.disable(logging.INFO)  # its line a round is nobody's business here
         try:
             idle.start(resume=False)
-            trainer: Any = idle.host.trainer
+            trainer: Any = idle.rank.host.trainer
             if not trains:
                 trainer.prepare, trainer.train = lambda client, round: None, lambda client, round, tick: report(client)
             yield idle

@@ -1,48 +1,61 @@
-"""How fast a training step could be: its counted products and bytes against what this device was seen to do.
+"""How fast a training step could be: its counted work against what this device was seen to do with work of that kind.
 
-Every convolution, matrix product and attention takes at least its operations at the measured rate of a matrix
-product, and at least the bytes of its operands and results at the measured rate of a copy; so does Adam. All else
-is taken to be fused into them and to cost nothing: a limit that nothing reaches.
+Every convolution, matrix product and attention takes at least its operations at the best rate of its kind, and at least
+the bytes of its operands and results at the best rate of a copy; so does Adam. The rates are those of the step's own
+operations, forwards and backwards, in its shapes, in both layouts, and of large matrix products and copies of several
+sizes, each by itself and the best of several times: no operation of a step is faster. All else (norms, activations,
+softmax, casts, the loss, the batch, gaps between kernels) is taken to be fused into them and to cost nothing.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fdiff.bench.measure import synchronise
 from fdiff.config import Config
 from fdiff.federation import Trainer
 
 aten = torch.ops.aten
-MATRIX, COPY_BYTES, REPEATS = 2048, 1 << 28, 5
+NOTE = "the roofline counts convolutions, products, attention, Adam; not norms, activations, softmax, loss, casts, gaps"
+MATRICES = {"cpu": (1024, 2048), "cuda": (2048, 8192)}
+COPIES = {"cpu": (1 << 20, 1 << 24, 1 << 28), "cuda": (1 << 22, 1 << 24, 1 << 26, 1 << 30)}  # bytes, in caches and out
+LARGEST = 4  # operations of each kind that are timed, by their floating-point operations
+REPEATS, AT_ONCE = 4, {"cpu": 1, "cuda": 20}  # the best of so many times of so many calls
+DENSE, DEPTHWISE = "dense", "depthwise"
 
 
 @dataclass(frozen=True)
 class Work:
-    """One operation: floating-point operations, and bytes of its operands and results."""
+    """One operation: floating-point operations, bytes of its operands and results, its kind, and how to do it again."""
 
     flops: float
     bytes: float
+    kind: str = DENSE
+    again: Callable[[torch.device, torch.dtype, bool], Callable[[], object]] | None = None
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device was seen to do: floating-point operations and bytes a second."""
+    """What the device was seen to do: floating-point operations a second by kind, and bytes a second."""
 
-    flops_per_s: float
+    flops_per_s: dict[str, float]
     bytes_per_s: float
 
-    def seconds(self, work: Sequence[Work]) -> float:
+    def seconds(self, work: Iterable[Work]) -> float:
         """The least time for these operations one after the other."""
-        return sum(max(w.flops / self.flops_per_s, w.bytes / self.bytes_per_s) for w in work)
+        return sum(max(w.flops / self.flops_per_s[w.kind], w.bytes / self.bytes_per_s) for w in work)
+
+
+# --- what a step is made of ------------------------------------------------------------------------------------------
 
 
 class Counter(TorchDispatchMode):
@@ -56,7 +69,7 @@ class Counter(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if (flops := _flops(op, args, out)) is not None:
             moved = [t for t in (*args, *(out if isinstance(out, tuple) else (out,))) if isinstance(t, Tensor)]
-            self.work.append(Work(flops, sum(t.nbytes for t in moved)))
+            self.work.append(Work(flops, sum(t.nbytes for t in moved), _kind(op, args), _recipe(op, args)))
         return out
 
 
@@ -82,33 +95,91 @@ def _convolution(narrow: Tensor, weight: Tensor) -> float:
     return 2.0 * narrow.numel() * math.prod(weight.shape[1:])
 
 
+def _kind(op: Any, args: Any) -> str:
+    """Depthwise convolutions do little with each value: they have a ceiling of their own."""
+    groups = {aten.convolution.default: 8, aten.convolution_backward.default: 9}.get(op)
+    return DEPTHWISE if groups is not None and args[groups] > 1 else DENSE
+
+
+def _recipe(op: Any, args: Any) -> Callable[[torch.device, torch.dtype, bool], Callable[[], object]] | None:
+    """How to do the same on fresh random values of a device, dtype and layout; None of an attention."""
+    if "scaled_dot_product" in str(op):
+        return None
+    shapes = tree_map_only(Tensor, lambda t: t.to("meta"), args)
+
+    def again(device: torch.device, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
+        def made(like: Tensor) -> Tensor:
+            values = torch.randn(like.shape, device=device).to(dtype)
+            last = channels_last and values.dim() == 4
+            return values.contiguous(memory_format=torch.channels_last) if last else values
+
+        made_args = tree_map_only(Tensor, made, shapes)
+        return lambda: op(*made_args)
+
+    return again
+
+
 def step_work(config: Config) -> list[Work]:
-    """The operations of one training step; counted on the CPU, where every product passes in one thread."""
-    counted = replace(config, runtime=replace(config.runtime, precision="float32"))
-    trainer, data = Trainer(counted, torch.device("cpu")), config.data
+    """The operations of one training step; counted on the CPU, where every product passes in one thread.
+
+    Their bytes are those of the arithmetic in use; Adam's are always those of the parameters.
+    """
+    runtime = replace(config.runtime, precision="float32", execution="eager", layout="auto")
+    trainer, data = Trainer(replace(config, runtime=runtime), torch.device("cpu")), config.data
     batch = torch.zeros(config.optim.batch_size, data.channels, data.image_side, data.image_side, dtype=torch.uint8)
     with Counter() as counter:
         trainer.step(batch, torch.zeros(len(batch), dtype=torch.int64))
+    width = dtype_of(config.runtime.precision).itemsize / 4
     adam = Work(12.0 * len(trainer.buckets.flat), 7.0 * trainer.buckets.flat.nbytes)  # reads 4, writes 3
-    return [*counter.work, adam]
+    return [*(replace(w, bytes=width * w.bytes) for w in counter.work), adam]
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measured now: the best of a large matrix product, also written as a 1×1 convolution, and of a large copy."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
-    image, kernel = a.t().reshape(1, MATRIX, 64, -1).contiguous(memory_format=torch.channels_last), b[:, :, None, None]
-    product = min(_best(lambda: a @ b, device), _best(lambda: torch.conv2d(image, kernel), device))
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+def dtype_of(precision: str) -> torch.dtype:
+    """What products are computed in under that `runtime.precision`."""
+    return {"bf16": torch.bfloat16, "float64": torch.float64}.get(precision, torch.float32)
+
+
+# --- what the device does --------------------------------------------------------------------------------------------
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, work: Sequence[Work]) -> Ceilings:
+    """Measured now, in the float32 arithmetic that is set: the best rate of each kind of work, and of a copy."""
+    rates = {DENSE: max(_product_rate(size, device, dtype) for size in MATRICES[device.type]), DEPTHWISE: 0.0}
+    for kind in rates:
+        for one in _largest(work, kind):
+            for channels_last in (False, True):
+                assert one.again is not None
+                seconds = _best(one.again(device, dtype, channels_last), device)
+                rates[kind] = max(rates[kind], one.flops / seconds)
+    return Ceilings(rates, max(_copy_rate(size, device) for size in COPIES[device.type]))
+
+
+def _largest(work: Sequence[Work], kind: str) -> list[Work]:
+    """Of a kind those with the most operations, one of each amount: the same shapes come again and again."""
+    distinct = {w.flops: w for w in work if w.kind == kind and w.again is not None}
+    return [distinct[flops] for flops in sorted(distinct, reverse=True)[:LARGEST]]
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2.0 * size**3 / _best(lambda: a @ b, device)
+
+
+def _copy_rate(size: int, device: torch.device) -> float:
+    """Bytes read and written a second."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Ceilings(2.0 * MATRIX**3 / product, 2.0 * COPY_BYTES / _best(lambda: target.copy_(source), device))
+    return 2.0 * size / _best(lambda: target.copy_(source), device)
 
 
 def _best(action: Callable[[], object], device: torch.device) -> float:
-    seconds = []
+    """Seconds of one call, waited for once for several where launches would be measured."""
+    times, seconds = AT_ONCE[device.type], []
     for _ in range(REPEATS):
         synchronise(device)
         began = time.perf_counter()
-        action()
+        for _ in range(times):
+            action()
         synchronise(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began) / times)
     return min(seconds)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -20,8 +19,8 @@ from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.comm import Collectives, Communicator
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.federation import Federation, itemsize, snapshot
-from fdiff.plan import SHARED_PARTS, plan_round, wire_bytes
+from fdiff.federation import Federation, itemsize
+from fdiff.plan import SHARED_PARTS, wire_bytes
 
 WIDTHS = (28, 64, 128)  # 3.0, 14.9 and 58.4 million parameters of the paper's model
 REPEATS, WARMUP = 15, 3
@@ -42,7 +41,7 @@ def _measure(config: Config, comm: Communicator, device: torch.device) -> list[R
     """The round beside the sum of its parts, then each part beside the round."""
     clients = config.federation.clients
     with no_training.federation(config, comm, device) as federation:
-        sizes = federation.host.trainer.buckets.sizes
+        sizes = federation.rank.host.trainer.buckets.sizes
         parts = _parts(federation, sizes)
         actions = {"round": rounds(federation.round), **parts}
         taken = in_turns(actions, comm, device, REPEATS, WARMUP)
@@ -63,24 +62,22 @@ def rounds(round: Callable[[int], None]) -> Callable[[], None]:
 def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[[], object]]:
     """What a round consists of, by name: an all-reduce over all ranks that sends as many bytes as the first round's
     plan, a vote, the log's line, and the copy that its checkpoint is written from."""
-    config, comm, host = federation.config, federation.comm, federation.host
-    plan = plan_round(config.method, config.federation.clients, 1, config.run.seed, config.federation.fraction)
-    planned = wire_bytes(plan, sizes, config.federation.clients, comm.size, itemsize(config))
+    config, comm, host = federation.config, federation.comm, federation.rank.host
+    round = federation.select(1)
+    round.reports, round.seconds = [no_training.report(client) for client in host.clients], {"train": 1.0}
+    planned = wire_bytes(round.plan, sizes, config.federation.clients, comm.size, itemsize(config))
     tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=host.shared.device)
     assert isinstance(comm, Collectives)  # several ranks
-    reports = [no_training.report(client) for client in host.clients]
-    seconds = {"train": 1.0, "aggregate": 1.0, "evaluate": 1.0}
 
-    def record() -> dict[str, Any]:
+    def log() -> None:
         with comm.ledger.purpose("parameters"):
             comm.ledger.count(planned / comm.size)  # what the line is held against
-        return federation.record(plan, reports, {}, seconds, None)
+        federation.evaluate(round)
 
-    metrics, copies = record(), snapshot.Copies()
-    leads = federation.committer.leads
+    log()  # its line is part of the copy
     return {
         "all-reduce": lambda: comm.bare_all_reduce(tensor),
-        "vote": federation.vote,
-        "log line": record,
-        "copy": lambda: snapshot.contents(host, federation.members.images, metrics, None, None, leads, copies),
+        "vote": federation.votes.vote,
+        "log line": log,
+        "copy": lambda: federation.commits.prepare(round),
     }

@@ -62,7 +62,7 @@ def _measure(config: Config, clients: int, comm: Communicator, device: torch.dev
 
 
 def _held(federation: Federation) -> int:
-    return sum(t.nbytes for c in federation.host.clients for kept in (c.parked, c.spare) for t in kept.values())
+    return sum(t.nbytes for c in federation.rank.host.clients for kept in (c.parked, c.spare) for t in kept.values())
 
 
 def _device_memory(config: Config, numbers: list[int], comm: Communicator, device: torch.device) -> Result:

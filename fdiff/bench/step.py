@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from statistics import mean
@@ -11,11 +12,13 @@ import torch
 
 from fdiff.bench.baseline import Baseline
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.bench.roofline import ceilings, step_work
+from fdiff.bench.roofline import NOTE, ceilings, dtype_of, step_work
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.data import Shard, open_source
 from fdiff.federation import Client, Trainer
+
+__all__ = ["NOTE", "client_of", "epochs_of", "limit_of", "pixels", "run", "same_loss", "speed", "title"]
 
 REPEATS = 5
 STEPS = {"cpu": 2, "cuda": 50}  # in a timed span, an epoch
@@ -31,26 +34,41 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
 
 def speed(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
     """Images/s beside the baseline in float32, and beside the roofline of the precision in use."""
-    steps, batch = STEPS[device.type], config.optim.batch_size
+    epoch, images = epochs_of(config, device)
+    with Baseline(config, device, pixels(config, images)) as baseline:
+        actions = {"ours": epoch, "baseline": lambda: baseline.call("train", 1, 1)}
+        taken = in_turns(actions, comm, device, REPEATS, warmup=2)
+    ours, plain = ([images / s for s in taken[name]] for name in actions)
+    return [
+        compare(title(config), ours, plain, "baseline", "images/s"),
+        compare(f"{title(config)}, roofline", ours, [limit_of(config, device)], "bound", "images/s"),
+    ]
+
+
+def title(config: Config) -> str:
+    """What is measured, in a result's name: what is left to itself is not named."""
+    runtime = config.runtime
+    chosen = [how for how in (runtime.execution, runtime.layout) if how != "auto"]
+    return ", ".join([f"train, dim {config.model.dim}, B {config.optim.batch_size}, {runtime.precision}", *chosen])
+
+
+def epochs_of(config: Config, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A function that trains a client for an epoch, another one each time, and the images of an epoch."""
     config = replace(config, federation=replace(config.federation, local_epochs=1))
-    client = client_of(config, steps * batch, device)
+    client = client_of(config, STEPS[device.type] * config.optim.batch_size, device)
     trainer, rounds = Trainer(config, device), count(1)
 
     def epoch() -> None:
         trainer.prepare(client, 1)
         trainer.train(client, next(rounds))
 
-    with Baseline(config, device, pixels(config, len(client.shard))) as baseline:
-        actions = {"ours": epoch, "baseline": lambda: baseline.call("train", 1, 1)}
-        taken = in_turns(actions, comm, device, REPEATS, warmup=2)
-    ours, plain = ([len(client.shard) / s for s in taken[name]] for name in actions)
-    dtype = {"bf16": torch.bfloat16, "float64": torch.float64}.get(config.runtime.precision, torch.float32)
-    limit = batch / ceilings(device, dtype).seconds(step_work(config))
-    name = f"train, dim {config.model.dim}, B {batch}, {config.runtime.precision}"
-    return [
-        compare(name, ours, plain, "baseline", "images/s"),
-        compare(f"{name}, roofline", ours, [limit], "bound", "images/s"),
-    ]
+    return epoch, len(client.shard)
+
+
+def limit_of(config: Config, device: torch.device) -> float:
+    """The roofline of a step, images/s, from ceilings that are measured now, in the arithmetic that is set."""
+    work = step_work(config)
+    return config.optim.batch_size / ceilings(device, dtype_of(config.runtime.precision), work).seconds(work)
 
 
 def same_loss(config: Config, device: torch.device) -> Result:

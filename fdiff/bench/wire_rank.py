@@ -17,7 +17,7 @@ from fdiff.bench.network import INTERFACE
 from fdiff.bench.wire import as_rows
 from fdiff.comm import Collectives, Communicator, Sum, connect, exchange_json
 from fdiff.config import Config, from_dict
-from fdiff.federation import Federation, seconds
+from fdiff.federation import seconds
 from fdiff.plan import SHARED_PARTS, RoundPlan, plan_round, reporting_ranks, wire_bytes
 from fdiff.runtime import launcher, set_up
 
@@ -42,13 +42,13 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
     """Bytes and time of a method's rounds."""
     config = no_training.quiet(config, comm.size)
     with no_training.federation(config, comm, torch.device("cpu")) as federation:
-        sizes = federation.host.trainer.buckets.sizes
+        sizes = federation.rank.host.trainer.buckets.sizes
         for round in range(1, WARMUP + 1):
             federation.round(round)
         plans = [_plan(config, WARMUP + 1 + i) for i in range(ROUNDS)]
         before, taken = _payload(), []
         for plan in plans:
-            taken.append(_aggregating(federation, plan.round))
+            taken.append(federation.round(plan.round).seconds["aggregate"])
         sent = sum(exchange_json(comm, _payload() - before))
     ours = slowest(comm, {"ours": taken})["ours"]
     forecast = [seconds(plan, config, sizes, comm.size, mbit_per_s) for plan in plans]
@@ -64,23 +64,6 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
 
 def _plan(config: Config, round: int) -> RoundPlan:
     return plan_round(config.method, config.federation.clients, round, config.run.seed)
-
-
-def _aggregating(federation: Federation, round: int) -> float:
-    """Play a round; the seconds that this rank took to average."""
-    noted: list[float] = []
-    record = federation.record
-
-    def noting(plan, reports, dropped, took, images):  # type: ignore[no-untyped-def]
-        noted.append(took["aggregate"])
-        return record(plan, reports, dropped, took, images)
-
-    federation.record = noting  # type: ignore[method-assign]
-    try:
-        federation.round(round)
-    finally:
-        federation.record = record  # type: ignore[method-assign]
-    return noted[0]
 
 
 def _payload() -> int:

@@ -27,28 +27,3 @@ from fdiff.checkpoint.folder import (
     temporary_folder,
     verify,
 )
-
-__all__ = [
-    "Committer",
-    "Contents",
-    "Damaged",
-    "Examined",
-    "GLOBAL",
-    "Generation",
-    "VISIBLE_S",
-    "clean",
-    "client_file",
-    "generation_name",
-    "generations",
-    "inspect",
-    "layout_table",
-    "make_visible",
-    "prune",
-    "read_clients",
-    "read_generation",
-    "root",
-    "round_of",
-    "sync_folder",
-    "temporary_folder",
-    "verify",
-]

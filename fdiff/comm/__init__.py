@@ -17,23 +17,6 @@ from fdiff.config import RuntimeConfig
 from fdiff.errors import UserError
 from fdiff.runtime import Launch, launcher
 
-__all__ = [
-    "PHASES",
-    "STARTERS",
-    "Collectives",
-    "Communicator",
-    "Ledger",
-    "LostRanks",
-    "SoloCommunicator",
-    "Sum",
-    "agree",
-    "connect",
-    "exchange_json",
-    "gather",
-    "loads",
-    "transports",
-]
-
 
 def connect(runtime: RuntimeConfig, launch: Launch) -> Communicator:
     """Join the other ranks, for control only; `Communicator.open` makes it ready for payload.

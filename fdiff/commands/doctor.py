@@ -41,7 +41,7 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
     everyone = [seen] if comm is None else exchange_json(comm, seen)
     if comm is not None:
         everyone = _try(comm, config, launch, seen, everyone)
-    problems = _verdict(config, launch, everyone)
+    problems = _problems(config, launch, everyone)
     if launch.rank == 0 and json:
         print(json_module.dumps(_report(launch, everyone, problems)))
     elif launch.rank == 0:
@@ -57,7 +57,7 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
 
 
 def _see(config: Config, launch: Launch) -> dict[str, Any]:
-    """This rank's row of the table; one rank of each node takes its inventory."""
+    """This rank's row of the table; one rank of each node looks at it."""
     findings = doctor_checks.check_node(config, launch) if launch.local_rank == 0 else []
     row: dict[str, Any] = {
         "rank": launch.rank,
@@ -156,7 +156,7 @@ def _sum_ones(comm: Communicator, device: torch.device, share_gpu: bool) -> None
         raise RunError(f"{comm.name}: {comm.size} ranks added one each and got {number.item():g}")
 
 
-def _verdict(config: Config, launch: Launch, everyone: list[dict[str, Any]]) -> list[str]:
+def _problems(config: Config, launch: Launch, everyone: list[dict[str, Any]]) -> list[str]:
     """Why the job could not run, the same reason of several ranks once; [] if it could."""
     clients = config.federation.clients
     problems = [p for each in everyone for p in each["problems"]]

@@ -18,8 +18,7 @@ import torch
 from fdiff import __version__
 from fdiff.comm import transports
 from fdiff.config import Config, DataConfig
-from fdiff.data import URL as CIFAR10_URL
-from fdiff.data import open_source
+from fdiff.data import CIFAR10_URL, open_source
 from fdiff.errors import UserError
 from fdiff.evaluation import INCEPTION_FILE, find_inception_weights
 from fdiff.runtime import Launch, visible_gpus
@@ -33,7 +32,7 @@ PUBLIC = ("fashion-mnist", "cifar10", "celeba")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the inventory; `remedy` is a command, or what to change."""
+    """One thing that was looked at; `remedy` is a command, or what to change."""
 
     name: str
     status: str

@@ -15,7 +15,7 @@ import torch
 from fdiff import checkpoint as checkpoints
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
-from fdiff.evaluation import Row, Scoring, Wanted, described, find_warnings, sampling_config, summaries
+from fdiff.evaluation import Row, Scoring, ScoringRequest, described, find_warnings, sampling_config, summaries
 from fdiff.federation import Saved, append_jsonl, open_checkpoint, together
 from fdiff.runtime import cache_folder
 
@@ -67,7 +67,8 @@ def run(
     config = together(comm, lambda: sampling_config(saved[-1].config, **chosen))
     config = replace(config, runtime=runtime, data=replace(config.data, root=root or config.data.root))
     asked = None if metrics is None else tuple(metrics.split(","))
-    scoring = Scoring(comm, device, config, Wanted(images, extractor, weights, asked), cache_folder() / "features")
+    request = ScoringRequest(images, extractor, weights, asked)
+    scoring = Scoring(comm, device, config, request, cache_folder() / "features")
     for one in saved:
         kinds = (False, True)[: 1 + one.has_ema]
         rows = [row for ema in kinds for done in scoring.score(one, ema, local=local) for row in done]

@@ -51,7 +51,7 @@ def _time(cost: dict[str, Any], bandwidth: float) -> str:
     each = [row["seconds"] for row in cost["rounds"]]
     return (
         f"collectives at {bandwidth:g} Mbit/s a rank: {mean(each):.3g} s a round, {sum(each):.3g} s in all; "
-        "see README, How round time grows with ranks"
+        "see fdiff/comm/README.md"
     )
 
 

@@ -79,7 +79,7 @@ def run(
         account: Slurm account.
         qos: Slurm quality of service.
         constraint: Features that the nodes must have.
-        comment: Comment for Slurm's books.
+        comment: Comment for Slurm's accounting.
         array: One job for each YAML file of fields, over all other flags: FILE,FILE,... or a folder of *.yaml.
         sweep: Instead of a training the sweep of this YAML file, or of one that ships with fdiff, in run.dir (by
             default runs/NAME of the file); of all other flags of the configuration only --runtime.* may be given.

@@ -6,22 +6,9 @@ of one client). Knows no models and no ranks.
 
 from __future__ import annotations
 
-from fdiff.data.cifar10 import URL
+from fdiff.data.cifar10 import CIFAR10_URL
 from fdiff.data.images import normalise
 from fdiff.data.opening import open_client_source, open_source
 from fdiff.data.pictures import check_target, save_grid, save_images
 from fdiff.data.shards import Shard
 from fdiff.data.sources import Source, check_labels
-
-__all__ = [
-    "Shard",
-    "Source",
-    "URL",
-    "check_labels",
-    "check_target",
-    "normalise",
-    "open_client_source",
-    "open_source",
-    "save_grid",
-    "save_images",
-]

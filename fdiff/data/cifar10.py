@@ -14,8 +14,8 @@ from fdiff.errors import UserError
 
 FOLDER = "cifar-10-batches-bin"
 PICKLED = "cifar-10-batches-py"
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-HELP = f"get the binary version from {URL}"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+HELP = f"get the binary version from {CIFAR10_URL}"
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 SIDE = 32
 RECORD = 1 + 3 * SIDE * SIDE

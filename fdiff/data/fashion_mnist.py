@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fdiff.data.reasons import first_line
 from fdiff.data.sources import Split
-from fdiff.errors import UserError
+from fdiff.errors import UserError, first_line
 
 DEBIAN_ROOT = Path("/usr/share/datasets/fashion-mnist")
 TORCHVISION_ROOT = Path("data")  # torchvision's own examples keep their data sets there

@@ -10,9 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from fdiff.data.reasons import first_line
 from fdiff.data.sources import Split
-from fdiff.errors import UserError
+from fdiff.errors import UserError, first_line
 
 
 def read_hdf5(path: Path, split: str) -> Split:

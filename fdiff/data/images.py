@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fdiff.data.reasons import first_line
-from fdiff.errors import UserError
+from fdiff.errors import UserError, first_line
 
 BLOCK = 1024  # images resized at once: bounds the float32 copy of a large set
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 weights of R, G, B in 1/65536, as Pillow rounds them

@@ -1,4 +1,4 @@
-"""A client's images, ready to train on: in the device's memory where they fit, else from loader processes."""
+"""A client's shard: its images in the device's memory where they fit, else read by loader processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fdiff.data.reasons import first_line
 from fdiff.data.sources import Source
-from fdiff.errors import RunError, UserError
+from fdiff.errors import RunError, UserError, first_line
 from fdiff.runtime import free_memory
 
 FILL_BATCH = 256  # images read at once while a shard is brought to its device

@@ -10,7 +10,7 @@ from fdiff.evaluation.scoring import (
     Model,
     Row,
     Scoring,
-    Wanted,
+    ScoringRequest,
     described,
     images_by_default,
     models_of,
@@ -20,26 +20,3 @@ from fdiff.evaluation.scoring import (
     summary,
 )
 from fdiff.evaluation.warnings import distance_name, find_warnings, mean_distance, newest_scores, scored_as
-
-__all__ = [
-    "DISTANCES",
-    "INCEPTION_FILE",
-    "Model",
-    "Row",
-    "Scoring",
-    "Wanted",
-    "default_extractor",
-    "described",
-    "distance_name",
-    "find_inception_weights",
-    "find_warnings",
-    "images_by_default",
-    "mean_distance",
-    "models_of",
-    "newest_scores",
-    "sampling_config",
-    "scored_as",
-    "steps_of",
-    "summaries",
-    "summary",
-]

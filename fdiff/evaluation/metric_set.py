@@ -1,6 +1,6 @@
-"""Which scores are asked for, whether there are images enough for them, and their values from two tallies.
+"""Which scores are asked for, whether there are images enough for them, and their values from the statistics of both.
 
-Pure arithmetic over `scores`; every value is stored beside the facts that it depends on, by `scoring`.
+Pure arithmetic over `metrics`; every value is stored beside the facts that it depends on, by `scoring`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class MetricSet:
 
 
 def choose_metrics(extractor: Extractor, asked: Sequence[str] | None, private: bool) -> MetricSet:
-    """The judge of the metrics asked for, by default all that apply; UserError if one asked for does not.
+    """The metrics asked for, by default all that apply; UserError if one asked for does not.
 
     Of `private` test images only moments and counts are known outside of their clients.
     """

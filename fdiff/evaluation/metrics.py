@@ -193,8 +193,11 @@ class ClassCoverage(NamedTuple):
 
 
 def label_histogram(labels: Tensor, classes: int) -> Tensor:
-    """Labels (n,) to counts (classes,), int64; the ranks' histograms add up to that of all images."""
-    return torch.bincount(labels, minlength=classes)
+    """Labels (n,) to counts (classes,), int64; the ranks' histograms add up to that of all images.
+
+    Not by `bincount`, which on a GPU waits to learn how many classes there are.
+    """
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).sum(0)
 
 
 def class_coverage(real_hist: Tensor, fake_hist: Tensor) -> ClassCoverage:

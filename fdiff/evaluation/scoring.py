@@ -1,4 +1,4 @@
-"""Scores of a checkpoint's models, by all ranks together: each draws its share, rank 0 judges.
+"""Scores of a checkpoint's models, by all ranks together: each draws its share, rank 0 computes the scores.
 
 Every rank calls `Scoring` and `score`. What travels: moments and label histograms, summed by all-reduce; features of
 generated images, to rank 0, where a metric needs them. Real images never do, nor their features.
@@ -42,7 +42,7 @@ Row = dict[str, Any]  # the scores of a model, and all that they depend on
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScoringRequest:
     """What is asked of an evaluation; None leaves the choice to the checkpoint and its test split."""
 
     images: int | None = None
@@ -52,7 +52,7 @@ class Wanted:
 
 
 class Scoring:
-    """The judge of checkpoints of one configuration, with the real split already seen.
+    """Scores checkpoints of one configuration against its test split, whose features are taken once, here.
 
     `config` says how to sample, and where the test split is; each rank opens what it may see of that: rank 0 the
     whole data set, or with private partitions each rank its clients' own. UserError, on all ranks, if the images
@@ -60,7 +60,7 @@ class Scoring:
     """
 
     def __init__(
-        self, comm: Communicator, device: torch.device, config: Config, wanted: Wanted, cache: Path | None
+        self, comm: Communicator, device: torch.device, config: Config, wanted: ScoringRequest, cache: Path | None
     ) -> None:
         self._comm, self._config = comm, config
         data = config.data
@@ -117,7 +117,7 @@ class Scoring:
 
     # --- the real split
 
-    def _load(self, wanted: Wanted, device: torch.device) -> Extractor:
+    def _load(self, wanted: ScoringRequest, device: torch.device) -> Extractor:
         """The extractor, on rank 0 first: if it has to be downloaded, one rank does so and the others find it."""
         name = wanted.extractor or default_extractor(self._config.data.channels)
         loaded: Extractor | None = None
@@ -158,10 +158,10 @@ class Scoring:
             with self._comm.ledger.purpose("statistics"):
                 features = sampling.gather_in_order(self._comm, cut, own.features)
 
-        def judged() -> dict[str, Any]:
+        def scores() -> dict[str, Any]:
             return self._metrics.scores(self._real, fake, self._real_features, features) if self._comm.rank == 0 else {}
 
-        return together(self._comm, judged)
+        return together(self._comm, scores)
 
     def _sum(self, own: ImageFeatures) -> FeatureStatistics:
         """The tally of all ranks' images, on each of them."""

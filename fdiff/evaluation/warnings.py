@@ -15,7 +15,7 @@ from fdiff.evaluation.scoring import summary
 from fdiff.federation import plans, read_jsonl, sizes_of
 from fdiff.plan import communicated_parameters
 
-WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.28 on iid data, at 0.40 to 1.1 on skewed
+WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.27 on iid data, at 0.40 to 1.1 on skewed
 PATIENCE = 2  # scored rounds without a better distance before it counts as no progress
 
 

@@ -6,7 +6,6 @@ shared parts) and `host.py` (several clients on one rank). Every collective call
 
 from __future__ import annotations
 
-from fdiff.federation.assemble import on_rank_0, together
 from fdiff.federation.client import Client, Report, Trainer, build_model
 from fdiff.federation.export import check_choice, load_model, save_model
 from fdiff.federation.federator import Federator, append_jsonl, read_jsonl, write_atomically
@@ -15,36 +14,4 @@ from fdiff.federation.memory import GIB, Memory, memory_of_rank
 from fdiff.federation.rounds import Federation, run
 from fdiff.federation.snapshot import MAY_CHANGE, Saved, newest_sound, open_checkpoint
 from fdiff.federation.validate import find_problems, private_parts
-
-__all__ = [
-    "Client",
-    "Federation",
-    "Federator",
-    "GIB",
-    "MAY_CHANGE",
-    "Memory",
-    "Report",
-    "Saved",
-    "Trainer",
-    "append_jsonl",
-    "build_model",
-    "check_choice",
-    "find_problems",
-    "forecast_run",
-    "itemsize",
-    "load_model",
-    "memory_of_rank",
-    "methods_table",
-    "newest_sound",
-    "on_rank_0",
-    "open_checkpoint",
-    "plans",
-    "private_parts",
-    "read_jsonl",
-    "run",
-    "save_model",
-    "seconds",
-    "sizes_of",
-    "together",
-    "write_atomically",
-]
+from fdiff.federation.voting import on_rank_0, together

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fdiff import checkpoint
 from fdiff.checkpoint import VISIBLE_S, Committer
@@ -21,27 +22,55 @@ from fdiff.comm import Communicator, agree, exchange_json
 from fdiff.config import Config
 from fdiff.data import Shard, check_labels, open_client_source, open_source
 from fdiff.data import partition as partitions
-from fdiff.errors import UserError, one_line
+from fdiff.errors import UserError
 from fdiff.federation import snapshot
+from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
-from fdiff.federation.validate import has_client_files
-from fdiff.plan import hosted_by
+from fdiff.federation.validate import has_client_files, private_parts
+from fdiff.federation.voting import together
+from fdiff.plan import RoundPlan, hosted_by
 from fdiff.runtime import free_memory
 
-T = TypeVar("T")
 Labels = dict[int, int]  # images of each label
 
 
 @dataclass(frozen=True)
 class RankSetup:
-    """A rank's clients in their host, n_k of all clients, the writer of checkpoints, and what the run folder notes."""
+    """All that a rank works with: its clients in their host, n_k of all clients, the writer of checkpoints.
 
+    `setting` is what the run folder notes of ranks and clients.
+    """
+
+    config: Config
+    comm: Communicator
     host: Host
     images: dict[int, int]
     committer: Committer
     setting: dict[str, Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters of each part."""
+        return self.host.trainer.buckets.sizes
+
+    @property
+    def drops(self) -> bool:
+        """Whether a round goes on without a client that fails in it."""
+        return self.config.federation.on_client_failure == "drop"
+
+    @property
+    def keeps_private_parts(self) -> bool:
+        """Whether each client has a model of its own."""
+        return bool(private_parts(self.config))
+
+    def aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation:
+        """The weighted mean of a round, to be built in `out` (n,)."""
+        uniform = self.config.federation.weighting == "uniform"
+        weights = {client: 1 if uniform else n for client, n in self.images.items()}
+        ordered, clients = self.config.runtime.reduction == "ordered", self.config.federation.clients
+        return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, self.drops)
 
 
 def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> RankSetup:
@@ -53,9 +82,9 @@ def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> Ran
     shards, labels = together(comm, lambda: open_shards(config, hosted, device))
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
-    members = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
-    host = together(comm, lambda: Host(Trainer(config, device), members))
-    return RankSetup(host, images, _committer(config, comm), setting)
+    own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
+    host = together(comm, lambda: Host(Trainer(config, device), own))
+    return RankSetup(config, comm, host, images, _committer(config, comm), setting)
 
 
 def _setting(
@@ -122,32 +151,13 @@ def open_shards(config: Config, clients: range, device: torch.device) -> tuple[l
     return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs], labels
 
 
-def resume_from(members: RankSetup, comm: Communicator) -> int:
+def resume_from(rank: RankSetup) -> int:
     """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet."""
-    host, run_dir = members.host, members.host.trainer.config.run_dir
+    comm, run_dir = rank.comm, rank.config.run_dir
     # Rank 0 alone decides which one is whole: two ranks that look for themselves might see two different ones.
     newest = together(comm, lambda: snapshot.newest_sound(run_dir) if comm.rank == 0 else None)
     round = exchange_json(comm, newest.round if newest else 0)[0]
     if round:
         folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
-        together(comm, lambda: snapshot.restore(folder, host, members.images))
+        together(comm, lambda: snapshot.restore(folder, rank.host, rank.images))
     return round
-
-
-def on_rank_0(comm: Communicator, work: Callable[[], T]) -> T:
-    """What the work, done on rank 0 alone, comes to, told to every rank as JSON: files may look otherwise from another.
-
-    If it fails, all raise that error.
-    """
-    return exchange_json(comm, together(comm, lambda: work() if comm.rank == 0 else None))[0]
-
-
-def together(comm: Communicator, work: Callable[[], T]) -> T:
-    """Do work on every rank, then vote: if it failed on any, all raise that error."""
-    try:
-        result = work()
-    except Exception as error:
-        agree(comm, one_line(error))
-        raise  # not reached: all ranks have agreed on an error
-    agree(comm)
-    return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from fdiff.data import Shard, normalise
 from fdiff.errors import RunError
 from fdiff.model import PARTS, Buckets, UNet, capture, diffusion
 from fdiff.plan import is_first
+
+DRAWINGS_KEPT = 2  # of whole batches, and of a last, short one
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Trainer:
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
+        self.model.encoder.layout = config.runtime.layout
         self.buckets = Buckets(self.model, PARTS).to(device, self.dtype)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
@@ -74,8 +77,11 @@ class Trainer:
             self.working["ema"] = self.buckets.flat.clone()
         self._optimizer = self._make_optimizer()
         self._noise = torch.Generator(device)
-        self._loss = capture.compiled(diffusion.loss, device)
-        self.denoiser = capture.compiled(self.model, device)
+        execution = config.runtime.execution
+        self._loss = capture.compiled(diffusion.loss, device, execution)
+        self._denoiser = capture.compiled(self.model, device, execution)
+        self._captures = capture.captures(device, execution)
+        self._drawings: dict[Hashable, diffusion.Drawing] = {}
         self._graph: capture.Graph[Tensor] | None = None
 
     def _make_optimizer(self) -> torch.optim.Adam:
@@ -144,9 +150,9 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device.
 
-        On a GPU a replay of the captured step, but for short batches.
+        On a GPU a replay of the captured step, but for short batches, which are neither captured nor compiled.
         """
-        if len(images) != self.config.optim.batch_size or not capture.can_capture(self.device):
+        if len(images) != self.config.optim.batch_size or not self._captures:
             return self._step(images, labels)
         if self._graph is None:
             self._batch = images.clone(), labels.clone()
@@ -161,31 +167,66 @@ class Trainer:
         t = torch.randint(self.schedule.timesteps, (len(x0),), generator=self._noise, device=self.device)
         # Drawn in float32 whatever the precision, so that a float64 run sees the same noise.
         epsilon = torch.randn(x0.shape, generator=self._noise, device=self.device).to(self.dtype)
+        return self.descend(x0, t, epsilon, labels)
+
+    def descend(self, x0: Tensor, t: Tensor, epsilon: Tensor, labels: Tensor) -> Tensor:
+        """One step of Adam with these timesteps (b,) and this noise (b, C, S, S); the loss, still on the device."""
         self.buckets.grad.zero_()
+        whole = len(x0) == self.config.optim.batch_size
+        loss_of = self._loss if whole else diffusion.loss
         with self.autocast():
-            loss = self._loss(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
+            loss = loss_of(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
         loss.backward()
         self._optimizer.step()
         if self.config.optim.ema:
             self.working["ema"].lerp_(self.buckets.flat, 1 - self.config.optim.ema)
         return loss.detach()
 
+    def drawing(self, config: Config, count: int) -> diffusion.Drawing:
+        """What draws batches of so many images from the model, whatever its parameters; kept for the next batch.
+
+        Of other sizes than the configured one nothing is compiled.
+        """
+        wanted = (config.sample, config.diffusion, config.run.seed, count)
+        if wanted not in self._drawings:
+            if len(self._drawings) >= DRAWINGS_KEPT:
+                self._drawings.pop(next(iter(self._drawings)))
+            data, whole = config.data, count == config.sample.batch_size
+            self._drawings[wanted] = diffusion.Drawing(
+                self._denoiser if whole else self.model,
+                diffusion.make_sampler(config.diffusion, config.sample),
+                seeds.derive(config.run.seed, "sampling"),
+                count,
+                (data.channels, data.image_side, data.image_side),
+                self.device,
+                self.dtype,
+                self._captures,
+            )
+        return self._drawings[wanted]
+
     def labels(self, labels: Tensor | None) -> Tensor | None:
         """The labels, if the model is conditioned on them."""
         return labels if self.config.model.classes else None
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """bf16 arithmetic under that precision; otherwise nothing."""
+        """bf16 arithmetic under that precision; otherwise nothing.
+
+        Without autocast's cache of weights: a captured step would go on with those that it was captured with.
+        """
         if self.config.runtime.precision != "bf16":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def _mean_loss(losses: Tensor, sizes: list[int], steps_before: int) -> float:
-    """Mean over the images of an epoch's step losses (steps,); RunError names the first that is not finite."""
-    finite = losses.isfinite().cpu()
+    """Mean over the images of an epoch's step losses (steps,), copied to the host once; RunError if one is no number.
+
+    It names the first that is not finite.
+    """
+    on_host = losses.cpu()
+    finite = on_host.isfinite()
     if not finite.all():
         step = int(finite.int().argmin())
-        raise RunError(f"step {steps_before + step + 1}: the loss is {losses[step].item()}, not a finite number")
+        raise RunError(f"step {steps_before + step + 1}: the loss is {on_host[step].item()}, not a finite number")
     weights = torch.tensor(sizes, dtype=torch.float64)
-    return float((losses.double().cpu() * weights).sum() / weights.sum())
+    return float((on_host.double() * weights).sum() / weights.sum())

@@ -13,31 +13,28 @@ from fdiff.comm import Communicator, exchange_json
 from fdiff.errors import Interrupted, RunError, one_line
 from fdiff.federation.client import Client, Report
 from fdiff.federation.host import Host
-from fdiff.plan import RoundPlan
+from fdiff.federation.record import Round
 
 log = logging.getLogger(__name__)
 
 
-def train(host: Host, client: Client, round: int, tick: Callable[[], None]) -> Report | str:
-    """Train a client that has entered and is prepared; raises if that fails."""
-    return host.trainer.train(client, round, tick)
-
-
-def train_or_undo(host: Host, client: Client, round: int, tick: Callable[[], None]) -> Report | str:
-    """The same, but if it fails undo it and return why."""
+def train_or_undo(host: Host, client: Client, round: Round, tick: Callable[[], None]) -> Report | None:
+    """Train a client that has entered and is prepared; if that fails, undo it and note why in the round."""
     try:
         with host.undoing(client):
-            return train(host, client, round, tick)
+            return host.trainer.train(client, round.plan.round, tick)
     except Interrupted:
         raise
     except Exception as error:  # whatever it was, it was this client's
         log.debug("client %d failed", client.index, exc_info=True)
-        return str(one_line(error))
+        round.failures[client.index] = str(one_line(error))
+        return None
 
 
-def agree_on_dropped(comm: Communicator, plan: RoundPlan, failures: dict[int, str]) -> dict[int, str]:
+def agree_on_dropped(comm: Communicator, round: Round) -> dict[int, str]:
     """Every rank's failures, by client, on every rank; the same RunError on all if no selected client is left."""
-    dropped = {int(c): why for of_rank in exchange_json(comm, failures) for c, why in of_rank.items()}
+    plan = round.plan
+    dropped = {int(c): why for of_rank in exchange_json(comm, round.failures) for c, why in of_rank.items()}
     for client, why in dropped.items():
         log.warning("round %d goes on without client %d: %s", plan.round, client, why)
     if len(dropped) == len(plan.selected):

@@ -1,4 +1,4 @@
-"""A model for others: its weights by parameter name in a safetensors file, with all that is needed to rebuild it.
+"""Export: a model's weights by parameter name in a safetensors file, with all that is needed to rebuild it.
 
 `load_model` needs nothing but the file. No run, no ranks, no pickle.
 """

@@ -7,7 +7,7 @@
     RUN/scores.jsonl       a line per scored model, written by `fdiff evaluate`
     RUN/samples/           a PNG grid per sampled round
     RUN/tensorboard/       the same curves as TensorBoard events
-    RUN/checkpoints/       see checkpoint.py
+    RUN/checkpoints/       see `fdiff.checkpoint`
 
 On the other ranks a `NoFederator` takes the same calls and does nothing, so that the round loop has no rank in it.
 """
@@ -45,7 +45,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre and NFS, dep
 
 
 class Federator:
-    """Rank 0's books. Call `open` before the first round and `close` after the last."""
+    """The run folder, which rank 0 keeps. Call `open` before the first round and `close` after the last."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.dir = config, config.run_dir
@@ -84,7 +84,7 @@ class Federator:
             raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
 
     def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
-        """Write down configuration and setting (see `assembly`); forget what the logs say of rounds after the last one.
+        """Write down configuration and setting (see `assemble`); forget what the logs say of rounds after the last one.
 
         `last_round` is the one to go on from, 0 for none.
         """
@@ -184,7 +184,7 @@ class NoFederator:
 
 
 def federator_on(config: Config, rank: int) -> Federator | NoFederator:
-    """The federator on rank 0, a bystander elsewhere."""
+    """The federator on rank 0, elsewhere one that does nothing."""
     return Federator(config) if rank == 0 else NoFederator()
 
 

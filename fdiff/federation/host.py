@@ -1,4 +1,4 @@
-"""The clients of one rank: who is in the trainer, and where the others' state is parked.
+"""The clients of one rank: one is in the trainer, the state of the others is parked on the host.
 
 One client a rank, the normal case, never moves: its parameters are the trainer's buckets, and what is averaged is
 averaged there in place. With more, each in turn enters the trainer: the shared parts come from a copy of the global
@@ -48,10 +48,10 @@ class Host:
 
     @property
     def average(self) -> Tensor:
-        """Where this round's average is to be built; it becomes `shared` by `adopt`."""
+        """Where this round's average is to be built; it becomes `shared` by `adopt_average`."""
         return self.shared if self._in_place else self._next
 
-    def adopt(self) -> None:
+    def adopt_average(self) -> None:
         """The average is complete: from now on it is what every client's shared parts are."""
         if not self._in_place:
             self.shared, self._next = self._next, self.shared
@@ -123,7 +123,7 @@ class Host:
         return torch.cat((private.to(shared.device), shared))
 
     @property
-    def averages(self) -> dict[int, Tensor]:
+    def moving_averages(self) -> dict[int, Tensor]:
         """Each client's own moving average (P,), wherever it is now."""
         return {client.index: self.state(client)["ema"] for client in self.clients}
 

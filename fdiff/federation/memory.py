@@ -1,4 +1,4 @@
-"""The memory that a rank needs, known before it starts: exact where tensors are kept, a lower bound where they pass.
+"""The memory that a rank needs, computed before it starts: exact for tensors that stay, a lower bound for the others.
 
 What the clients keep between rounds lives on the host, so the device's part does not depend on their number. Images
 are not counted: `data.in_memory` decides on them by what is left.

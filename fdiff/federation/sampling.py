@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fdiff import seeds
 from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config, SampleConfig
 from fdiff.errors import one_line
+from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Trainer
+from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
+from fdiff.plan import host_of
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -52,22 +54,13 @@ def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = it
 
     `progress` wraps the iteration over the sampling steps.
     """
-    data, model = config.data, trainer.model
+    model = trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
     labels = indices % config.model.classes if config.model.classes else None
     model.eval()
     try:
         with trainer.autocast():
-            x = diffusion.sample(
-                trainer.denoiser,
-                diffusion.make_sampler(config.diffusion, config.sample),
-                seeds.derive(config.run.seed, "sampling"),
-                indices,
-                (data.channels, data.image_side, data.image_side),
-                trainer.dtype,
-                labels,
-                progress,
-            )
+            x = trainer.drawing(config, len(indices)).draw(indices, labels, progress)
     finally:
         model.train()
     return diffusion.to_uint8(x)
@@ -128,6 +121,23 @@ def empty_images(config: Config, device: torch.device) -> Tensor:
     """No images: uint8 (0, C, S, S)."""
     data = config.data
     return torch.empty((0, data.channels, data.image_side, data.image_side), dtype=torch.uint8, device=device)
+
+
+def draw_grid(rank: RankSetup, votes: Votes, ema: Tensor | None, progress: Progress) -> Tensor | None:
+    """On rank 0 a round's sample grid, of the global model, or a row of each client where it keeps private parts.
+
+    Every rank calls it and draws its share, with `ema` (n,) from the moving averages. uint8 (m, C, S, S).
+    """
+    config, comm = rank.config, rank.comm
+    clients = config.federation.clients
+    models: list[int | None] = list(range(clients)) if rank.keeps_private_parts else [None]
+    cut = batches(models, config.sample.images, config.sample, lambda c: host_of(c, clients, comm.size), comm.size)
+    drawn = []
+    for batch in (b for b in cut if b.rank == comm.rank):
+        with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):
+            drawn.append(draw(rank.host.trainer, config, batch, progress))
+    votes.vote()
+    return gather_images(comm, cut, drawn, empty_images(config, rank.host.trainer.device))
 
 
 def draw_all(comm: Communicator, trainer: Trainer, config: Config, images: int) -> Tensor | None:

@@ -40,7 +40,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-class Copies:
+class HostCopies:
     """Host memory for what a checkpoint holds beside the clients' own tensors.
 
     Kept from round to round, and pinned for a GPU: fresh pages cost more than what is copied into them.
@@ -71,7 +71,7 @@ def client_arrays(host: Host, client: Client) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in ({n: private[s] for n, s in spans.items()} | state).items()}
 
 
-def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies: Copies) -> dict[str, np.ndarray]:
+def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies: HostCopies) -> dict[str, np.ndarray]:
     """The shared parts, their moving average (n,) and the sample grid, as host copies."""
     arrays = _by_part(host, "parts", copies.of("parts", host.shared))
     if ema is not None:
@@ -92,7 +92,7 @@ def contents(
     ema: Tensor | None,
     grid: Tensor | None,
     leads: bool,
-    copies: Copies,
+    copies: HostCopies,
 ) -> Contents:
     """This rank's share of a round's checkpoint, as host copies; `leads`: with what is global.
 
@@ -105,7 +105,7 @@ def contents(
     return Contents(metrics["round"], clients, whole)
 
 
-def with_ema(contents: Contents, host: Host, ema: Tensor, copies: Copies) -> Contents:
+def with_ema(contents: Contents, host: Host, ema: Tensor, copies: HostCopies) -> Contents:
     """The contents with the average (n,) of the moving averages, which they lacked, where they have what is global."""
     if contents.whole is None:
         return contents

@@ -9,15 +9,3 @@ from __future__ import annotations
 from fdiff.model.buckets import Buckets, Slot, layout_of, part_sizes
 from fdiff.model.diffusion import alphas_cumprod
 from fdiff.model.unet import PARTS, Encoder, LinearAttention, UNet
-
-__all__ = [
-    "Buckets",
-    "Encoder",
-    "LinearAttention",
-    "PARTS",
-    "Slot",
-    "UNet",
-    "alphas_cumprod",
-    "layout_of",
-    "part_sizes",
-]

@@ -1,7 +1,7 @@
 """On a GPU: a step compiled, and captured into a CUDA graph, so that it is one launch and not a thousand.
 
 The arithmetic is that of the step; only the order within sums may differ, as a compiler has it. Elsewhere than on a GPU
-steps run as they are written.
+steps run as they are written, unless compiling is asked for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,23 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def can_capture(device: torch.device) -> bool:
-    """Whether steps on this device are captured."""
-    return device.type == "cuda"
+def captures(device: torch.device, execution: str = "auto") -> bool:
+    """Whether steps on this device are captured; `execution` as `runtime.execution`."""
+    return device.type == "cuda" and execution != "eager"
 
 
-def compiled(function: F, device: torch.device) -> F:
-    """The function, compiled where there is a GPU and a compiler for it."""
-    usable = can_capture(device) and importlib.util.find_spec("triton") is not None
-    return torch.compile(function, dynamic=False) if usable else function  # type: ignore[return-value]
+def compiles(device: torch.device, execution: str = "auto") -> bool:
+    """Whether they are compiled: where that is asked for, and by itself where there is a GPU and a compiler for it."""
+    usable = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return execution == "compiled" or (execution == "auto" and usable)
+
+
+def compiled(function: F, device: torch.device, execution: str = "auto") -> F:
+    """The function, compiled if steps are.
+
+    For one shape: each other is compiled anew, for up to a minute, so short batches go to the function as it is.
+    """
+    return torch.compile(function, dynamic=False) if compiles(device, execution) else function  # type: ignore[return-value]
 
 
 class Graph(Generic[T]):
@@ -59,7 +67,8 @@ class Graph(Generic[T]):
         self._graph = torch.cuda.CUDAGraph()
         if noise is not None:
             self._graph.register_generator_state(noise)
-        with torch.cuda.graph(self._graph):
+        # Other threads (a loader's that pins batches, a backend's watchdog) may go on calling the driver meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return step()
 
     def replay(self) -> T:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdiff.config import DiffusionConfig, SampleConfig
-from fdiff.model.capture import Graph, can_capture
+from fdiff.model.capture import Graph
 from fdiff.model.noise import normal
 
 Denoiser = Callable[..., Tensor]  # (x (B, C, S, S), t (B,), labels (B,) | None) -> predicted noise (B, C, S, S)
@@ -100,7 +100,72 @@ def _ddim(ac: Tensor, ac_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ac_prev.sqrt() - b * ac.sqrt(), b, torch.zeros_like(ac)
 
 
-@torch.no_grad()
+class Drawing:
+    """Draws batches of one size from a model: the table of steps and the images under way, in memory of their own.
+
+    `shape` is (C, S, S) of an image; labels, if the model takes them, come with each batch. With `captured` the step
+    is captured at the first batch, and the others, for other parameters in the same memory too, are replays.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        sampler: Sampler,
+        key: int,
+        count: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        captured: bool = False,
+    ) -> None:
+        self._model, self._sampler, self._key, self._shape, self._captured = model, sampler, key, shape, captured
+        self._times = sampler.t.to(device)
+        coefficients = (sampler.p, sampler.q, sampler.a, sampler.b, sampler.s)
+        self._table = torch.stack(coefficients, dim=1).to(device, dtype)
+        self._stochastic = bool(sampler.s.any())
+        self._images = torch.zeros(count, dtype=torch.int64, device=device)
+        self._labels = torch.zeros_like(self._images)
+        self._x = torch.zeros(count, *shape, dtype=dtype, device=device)
+        self._i = torch.zeros(1, dtype=torch.int64, device=device)  # where a captured step can count
+        self._graph: Graph[None] | None = None
+
+    @torch.no_grad()
+    def draw(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> Tensor:
+        """The images with the given indices (B,) int64: (B, C, S, S), about [-1, 1], overwritten by the next batch.
+
+        Image i starts from the noise of (key, i) and meets the same noise in any batch and on any rank.
+        `progress` wraps the iteration over the steps, e.g. in a bar.
+        """
+        self._images.copy_(images)
+        self._conditional = labels is not None
+        if labels is not None:
+            self._labels.copy_(labels)
+        self._x.copy_(normal(self._key, self._images, 0, self._shape))
+        self._i.zero_()
+        if self._captured and self._graph is None:
+            self._graph = Graph(self._step, (self._x, self._i))
+        advance = self._step if self._graph is None else self._graph.replay
+        for _ in progress(range(len(self._times))):
+            advance()
+        return self._x
+
+    def _step(self) -> None:
+        t = self._times.index_select(0, self._i)
+        p, q, a, b, s = self._table.index_select(0, self._i).unbind(1)  # (1,) each
+        noise = self._model(self._x, t.expand(len(self._x)), self._labels if self._conditional else None)
+        x0 = p * self._x - q * noise
+        mean = a * (x0.clamp(-1, 1) if self._sampler.clip else x0) + b * self._x
+        if self._stochastic:
+            mean = mean + s * normal(self._key, self._images, self._i + 1, self._shape).to(mean.dtype)
+        self._x.copy_(mean)
+        self._i.add_(1)
+
+
 def sample(
     model: Denoiser,
     sampler: Sampler,
@@ -111,29 +176,8 @@ def sample(
     labels: Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Draw the images with the given indices (B,) int64, on whose device it runs: (B, C, S, S), about [-1, 1].
-
-    Image i starts from the noise of (key, i) and meets the same noise in any batch and on any rank.
-    `progress` wraps the iteration over the steps, e.g. in a bar. On a GPU a step is captured, then replayed.
-    """
-    x = normal(key, images, 0, shape).to(dtype)
-    i = torch.zeros(1, dtype=torch.int64, device=images.device)  # on the device, where a captured step counts it
-    times = sampler.t.to(images.device)
-    table = torch.stack((sampler.p, sampler.q, sampler.a, sampler.b, sampler.s), dim=1).to(images.device, dtype)
-    stochastic = bool(sampler.s.any())
-
-    def step() -> None:
-        t, (p, q, a, b, s) = times.index_select(0, i), table.index_select(0, i).unbind(1)  # (1,) each
-        noise = model(x, t.expand(len(images)), labels)
-        x0 = p * x - q * noise
-        mean = a * (x0.clamp(-1, 1) if sampler.clip else x0) + b * x
-        x.copy_(mean + s * normal(key, images, i + 1, shape).to(dtype) if stochastic else mean)
-        i.add_(1)
-
-    advance = Graph(step, (x, i)).replay if can_capture(images.device) else step
-    for _ in progress(range(len(sampler.t))):
-        advance()
-    return x
+    """One batch (B, C, S, S) on the device of `images` (B,) int64, as `Drawing.draw` has it; nothing is captured."""
+    return Drawing(model, sampler, key, len(images), shape, images.device, dtype).draw(images, labels, progress)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class UNet(nn.Module):
 class Encoder(nn.Module):
     """Stem, time MLP and down stages: (B, C, S, S), (B,) → (B, w, s, s), the skips, the time vector (B, 4·dim)."""
 
+    layout = "auto"  # of activations, as `runtime.layout`: set it where the model is to run
+
     def __init__(
         self, channels: int, dim: int, widths: list[int], heads: int, head_dim: int, classes: int
     ) -> None:
@@ -71,16 +73,19 @@ class Encoder(nn.Module):
             time = layer(time)
         if self.label is not None:
             time = time + self.label(labels)
-        h, skips = _faster_layout(self.stem(x)), []
+        h, skips = self._laid_out(self.stem(x)), []
         for stage in self.stages:
             h, skip = stage(h, time)
             skips.append(skip)
         return h, skips[1:], time  # the first stage's skip has no consumer
 
+    def _laid_out(self, h: Tensor) -> Tensor:
+        """In `layout`, which all that follows keeps; by itself channels last on a CPU.
 
-def _faster_layout(h: Tensor) -> Tensor:
-    """Channels last on the CPU, where it makes convolutions up to six times as fast, backwards above all."""
-    return h.contiguous(memory_format=torch.channels_last) if h.device.type == "cpu" else h
+        There it makes convolutions up to six times as fast, backwards above all.
+        """
+        last = h.device.type == "cpu" if self.layout == "auto" else self.layout == "channels-last"
+        return h.contiguous(memory_format=torch.channels_last) if last else h
 
 
 class Bottleneck(nn.Module):

@@ -5,19 +5,6 @@ The only room that reads the environment. Open `launcher.py` first: one table of
 
 from __future__ import annotations
 
-from fdiff.runtime.device import choose_device, default_threads, free_memory, set_up, visible_gpus
+from fdiff.runtime.device import allow_tf32, choose_device, default_threads, free_memory, set_up, visible_gpus
 from fdiff.runtime.launcher import Launch, Rendezvous, cache_folder
 from fdiff.runtime.signals import Stop, heeding_signals
-
-__all__ = [
-    "Launch",
-    "Rendezvous",
-    "Stop",
-    "cache_folder",
-    "choose_device",
-    "default_threads",
-    "free_memory",
-    "heeding_signals",
-    "set_up",
-    "visible_gpus",
-]

@@ -35,19 +35,27 @@ def visible_gpus() -> tuple[Gpu, ...]:
 def set_up(runtime: RuntimeConfig, launch: Launch) -> torch.device:
     """Choose this rank's device and prepare torch for it: CPU threads, current GPU, precision of float32 arithmetic.
 
-    Raises what `choose_device` raises.
+    Raises what `choose_device` raises, and UserError if steps are to be captured on a CPU.
     """
     device = choose_device(runtime, launch)
+    if device.type == "cpu" and runtime.execution == "captured":
+        raise UserError("runtime.execution: 'captured' needs a GPU; use eager, compiled or auto")
     torch.set_num_threads(runtime.threads or default_threads(runtime, launch))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    allow_tf32 = runtime.precision == "tf32"
-    # Not the newer `fp32_precision`: once it is set, reading these two raises, which torch.compile does.
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    torch.backends.cudnn.allow_tf32 = allow_tf32
+    allow_tf32(runtime.precision == "tf32")
     return device
+
+
+def allow_tf32(allowed: bool) -> bool:
+    """Whether this process's float32 products and convolutions on a GPU may be tf32; returns what was the case."""
+    before = torch.backends.cudnn.allow_tf32
+    # Not the newer `fp32_precision`: once it is set, reading these two raises, which torch.compile does.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+    return before
 
 
 # --- GPU -----------------------------------------------------------------------------------------------------------

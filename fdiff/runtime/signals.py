@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: noted when they come, heeding_signals at the next safe point."""
+"""Signals that ask a job to stop: noted when they come, heeded at the next safe point."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from fdiff import checkpoint, federation
 from fdiff.comm import Communicator
 from fdiff.config import Config
-from fdiff.evaluation import Model, Scoring, Wanted
+from fdiff.evaluation import Model, Scoring, ScoringRequest
 from fdiff.federation import append_jsonl, newest_sound, on_rank_0, open_checkpoint, read_jsonl, together
 from fdiff.runtime import Stop
 from fdiff.sweeps.grid import Cell, Score, Sweep
@@ -52,7 +52,7 @@ def _score(
     stop: Stop,
 ) -> None:
     """Score these models, and append the rows of each to the run's log when it is done."""
-    how = Wanted(wanted.images, wanted.extractor, metrics=("frechet",))
+    how = ScoringRequest(wanted.images, wanted.extractor, metrics=("frechet",))
     scoring = Scoring(comm, device, wanted.sampling(config), how, cache)
     for round, ema, models in lacking:
         path = checkpoint.root(config.run_dir) / checkpoint.generation_name(round)

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jobs import BIN, ROOT, clean_env, execute, fdiff
+from jobs import fdiff, on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fdiff.bench import checkpoint, measure, roofline, scale
+from fdiff.bench import checkpoint, measure, roofline, round, scale
 from fdiff.bench.measure import compare, in_turns
 from fdiff.comm import SoloCommunicator
 from fdiff.config import Config, OptimConfig, mini
@@ -102,7 +102,7 @@ def test_a_sampling_step_asks_the_device_for_nothing():
     for steps in (3, 9):
         table = diffusion.make_sampler(config.diffusion, replace(config.sample, steps=steps))
         with Ops() as ops:
-            diffusion.sample(trainer.denoiser, table, 1, torch.arange(2), (1, 16, 16))
+            diffusion.sample(trainer.model, table, 1, torch.arange(2), (1, 16, 16))
         asked.append(ops.calls["_local_scalar_dense"])
     assert asked[0] == asked[1]
 
@@ -133,14 +133,8 @@ def test_step_and_sample(tmp_path):
 
 @pytest.mark.slow
 def test_round_on_two_ranks_and_not_on_one(tmp_path):
-    script = tmp_path / "bench.py"
-    script.write_text(
-        "import sys\nfrom fdiff.bench import round\nround.WIDTHS = (8, 24)\n"
-        "from fdiff.commands.main import main\nsys.exit(main(sys.argv[1:]))\n"
-    )
-    words = ["--standalone", "--nproc_per_node", 2, script, "bench", "round", "--json", *SMALL]
-    env = clean_env(PYTHONPATH=str(ROOT))
-    found = results(execute([BIN / "torchrun", *words], tmp_path, env=env).check().out)
+    ranks = on_ranks(2, "bench", "round", "--json", *SMALL, cwd=tmp_path, before=measure_small_models)
+    found = results("".join(rank.check().out for rank in ranks))
     whole = [name for name in found if " of " not in name]
     assert [name.split(",")[0] for name in whole] == ["full"] * 3 + ["usplit", "ulatdec", "udec"]
     for name in whole:
@@ -149,6 +143,10 @@ def test_round_on_two_ranks_and_not_on_one(tmp_path):
     assert not list(tmp_path.glob("runs/.bench*"))
     alone = fdiff("bench", "round", *SMALL, cwd=tmp_path)
     assert alone.status == 2 and "1 rank has nothing to send" in alone.err
+
+
+def measure_small_models(rank: int) -> None:
+    round.WIDTHS = (8, 24)
 
 
 def small(**more: object) -> Config:

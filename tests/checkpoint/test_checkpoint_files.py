@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from array_files import ARRAYS, HEADER, write_one
 from blake3 import blake3
-from made_files import ARRAYS, HEADER, write_one
 
 from fdiff import checkpoint
 from fdiff.checkpoint import file as file_module
@@ -153,10 +153,12 @@ def make_generation(run: Path, round: int, keep: int = 2, clients: int = 2) -> P
     """A committed checkpoint as the committer makes it, all clients on one rank."""
     committer = Committer(run, f"attempt{round}", keep, range(clients), leads=True)
     own = {c: {"private/encoder": np.full(5, c + round, np.float32)} for c in range(clients)}
-    committer.start(Contents(round, own, (ARRAYS, {"round": round})))
-    committer.wait()
-    committer.wait_committed()
-    committer.close()
+    try:
+        committer.start(Contents(round, own, (ARRAYS, {"round": round})))
+        committer.wait()
+        committer.wait_committed()
+    finally:
+        committer.close()
     return checkpoint.root(run) / checkpoint.generation_name(round)
 
 

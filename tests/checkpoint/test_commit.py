@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from faults import plants
+from faults import injections
 from faults.processes import Job
 from faults.runs import rounds_there, train
 
@@ -50,7 +50,8 @@ def test_files_that_do_not_become_visible_are_missed_before_the_others_give_up(t
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_whose_disk_hangs_end_when_a_client_fails(tmp_path, ranks):
-    job = Job(train("run", "udec", 3, "--run.checkpoint_every", 2), ranks, tmp_path, partial(plants.hang_on_disk, 3, 3))
+    fault = partial(injections.hang_on_disk, 3, 3)
+    job = Job(train("run", "udec", 3, "--run.checkpoint_every", 2), ranks, tmp_path, fault)
     began = time.monotonic()
     assert job.wait(60) and set(job.statuses()) == {1}, job.said()
     assert len(job.errors()) == 1 and time.monotonic() - began < 40 and rounds_there(tmp_path / "run") == []

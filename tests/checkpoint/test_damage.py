@@ -10,10 +10,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from array_files import ARRAYS, HEADER, write_one
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_files import ARRAYS, HEADER, write_one
 
 from fdiff.checkpoint import file as file_module
 from fdiff.checkpoint.file import Damaged, examine, read_file
@@ -239,7 +239,7 @@ def test_no_flipped_bit_changes_what_is_loaded(file, tmp_path):
     assert detected > 0.6 * len(offsets)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_mangled_file_is_loaded(file, data):
     whole = bytearray(file.read_bytes())

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from comm_cases import CASES, EVERYBODY, RANKS
-from faults.plants import hold_the_lock, segfault
-from ranks import End, end_ranks, free_port, run_ranks
+from faults.injections import hold_the_lock, segfault
+from forked_jobs import free_port
+from ranks import End, end_ranks, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
 from fdiff.comm.base import device_problem

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mpis import Mpi, find, mpich, open_mpi, run
+from mpi_libraries import Mpi, find, mpich, open_mpi, run
 
 from fdiff.comm import mpi_library
 from fdiff.comm.mpi_library import library_problem, takes_device_pointers, world_problem
@@ -19,7 +19,7 @@ from fdiff.runtime.launcher import Launch, cray_gpu_support
 SCRIPT = Path(__file__).parents[1] / "helpers" / "mpi_cases.py"
 
 slow = pytest.mark.slow
-long = pytest.mark.long
+rare = pytest.mark.rare  # minutes in all: stopped ranks and messages of gigabytes
 
 
 @pytest.fixture(params=["openmpi", "mpich"], scope="module")
@@ -35,7 +35,7 @@ def test_every_case(mpi: Mpi) -> None:
     assert done.returncode == 0
 
 
-@long
+@rare
 @slow
 def test_more_elements_than_a_c_int_counts(mpi: Mpi) -> None:
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -46,7 +46,7 @@ def test_more_elements_than_a_c_int_counts(mpi: Mpi) -> None:
     assert done.stdout.split() == ["DELIVERED", pieces], done.stderr
 
 
-@long
+@rare
 @slow
 @pytest.mark.parametrize(("kind", "backend"), [("auto", "mpi"), ("torch", "gloo")])
 def test_mpirun_leads_to(kind: str, backend: str, mpi: Mpi) -> None:
@@ -55,7 +55,7 @@ def test_mpirun_leads_to(kind: str, backend: str, mpi: Mpi) -> None:
     assert done.returncode == 0
 
 
-@long
+@rare
 @slow
 def test_a_bad_request_of_all_ranks_ends_with_its_own_status(mpi: Mpi) -> None:
     done = mpi.run(3, SCRIPT, "refuses")
@@ -63,7 +63,7 @@ def test_a_bad_request_of_all_ranks_ends_with_its_own_status(mpi: Mpi) -> None:
     assert done.returncode == 2
 
 
-@long
+@rare
 @slow
 def test_a_failure_of_one_rank_ends_all(mpi: Mpi) -> None:
     done = mpi.run(3, SCRIPT, "fails")
@@ -82,7 +82,7 @@ def seconds_since_the_fault(stderr: str) -> float:
     return time.time() - next(float(line.split()[1]) for line in stderr.splitlines() if line.startswith("FAULT "))
 
 
-@long
+@rare
 @slow
 @pytest.mark.parametrize(
     ("what", "says"),
@@ -112,7 +112,7 @@ def test_mpirun_ends_a_job_with_a_killed_rank(what: str, mpi: Mpi) -> None:
     assert done.returncode != 0
 
 
-@long
+@rare
 @slow
 @pytest.mark.parametrize("what", ["segfault", "segfault-in-collective"])
 def test_mpirun_ends_a_job_with_a_rank_that_segfaults(what: str, mpi: Mpi) -> None:
@@ -122,7 +122,7 @@ def test_mpirun_ends_a_job_with_a_rank_that_segfaults(what: str, mpi: Mpi) -> No
     assert done.returncode != 0
 
 
-@long
+@rare
 @slow
 def test_a_fault_tolerant_library_tells_who_was_killed() -> None:
     mpi = open_mpi()

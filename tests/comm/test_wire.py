@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from jobs import ROOT, clean_env, execute
-from mpis import find
+from jobs import ROOT, clean_env, execute, on_ranks
+from mpi_libraries import find
 
 from fdiff.bench import wire
 from fdiff.bench.network import INTERFACE, Network, network, why_not
@@ -25,6 +26,7 @@ from fdiff.plan import SHARED_PARTS
 from fdiff.runtime import launcher
 
 RANKS = 4
+CLONE_NEWNET = 0x40000000
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -53,15 +55,19 @@ def sent(net: Network) -> int:
 def run_in(net: Network, method: str, port: int, cwd: Path) -> int:
     """Train with one rank in each namespace; the bytes that all interfaces together sent."""
     before = sent(net)
-    ranks = []
-    for rank in range(RANKS):
-        env = launcher.environment_of(rank, RANKS, net.address(0), port, INTERFACE, clean_env())
-        command = [sys.executable, "-m", "fdiff", "train", *FLAGS, "--method", method, "--run.dir", method]
-        inside = net.inside(rank, *command)
-        ranks.append(subprocess.Popen(inside, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    printed = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, printed
+    go_in = partial(enter, tuple(net.namespaces), net.address(0), port)
+    words = ["train", *FLAGS, "--method", method, "--run.dir", method]
+    for rank in on_ranks(RANKS, *words, cwd=cwd, before=go_in):
+        rank.check()
     return sent(net) - before
+
+
+def enter(namespaces: tuple[str, ...], address: str, port: int, rank: int) -> None:
+    """This process goes into its rank's namespace, as `ip netns exec` would start it there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespaces[rank]}") as namespace:
+        assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    os.environ.update(launcher.environment_of(rank, RANKS, address, port, INTERFACE, clean_env()))
 
 
 @pytest.fixture(scope="module")

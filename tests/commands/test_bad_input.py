@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import plants
+from faults import injections
 from faults.processes import Job
 from faults.runs import train
 from jobs import TINY, Done, fdiff, in_turn, torchrun
@@ -129,7 +129,7 @@ def test_under_torchrun_it_is_said_once_and_the_status_tells(folder):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_fails_on_one_rank_before_they_meet_is_heard_by_all(tmp_path, victim):
-    job = Job(train("run", "full", 1), 2, tmp_path, partial(plants.fail_to_start, victim))
+    job = Job(train("run", "full", 1), 2, tmp_path, partial(injections.fail_to_start, victim))
     assert job.wait(60) and job.statuses() == [1, 1]
     assert job.errors() == ["fdiff: error: RuntimeError: no driver"] and "Traceback" not in job.said()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
-import mpis
+import mpi_libraries
 import pytest
-from jobs import ROOT, Done, clean_env, execute
-from launching import LAUNCHERS, environment
+from jobs import Done, execute, on_ranks
+from launchers import LAUNCHERS, environment
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +28,22 @@ def findings(report: dict) -> dict[str, dict]:
 
 def alone(tmp_path: Path, *arguments: str, without: tuple[str, ...] = (), **env: str) -> Done:
     """`fdiff doctor`, in a Python that cannot import some packages."""
-    code = WITHOUT.format(names=without, arguments=["doctor", *arguments])
-    return execute([sys.executable, "-c", code], tmp_path, env=clean_env(PYTHONPATH=str(ROOT), **env))
+    return on_ranks(1, "doctor", *arguments, cwd=tmp_path, before=partial(take_away, without, env))[0]
+
+
+def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None:
+    sys.modules.update(dict.fromkeys(packages))
+    os.environ.update(env)
 
 
 @pytest.mark.parametrize(
     "name, backend, ranks",
-    [("torchrun", "gloo", 2), ("openmpi", "mpi", 2), ("mpich", "mpi", 2), ("srun", "gloo", 3)],
+    [
+        ("torchrun", "gloo", 2),
+        ("openmpi", "mpi", 2),
+        ("mpich", "mpi", 2),
+        ("srun", "gloo", 3),
+    ],
 )
 def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
     launcher = LAUNCHERS[name]
@@ -57,7 +68,7 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
 
 
 def test_mpich_under_srun(request, tmp_path):
-    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpis.mpich().python, "-m", "fdiff", "doctor", "--json"]
+    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpi_libraries.mpich().python, "-m", "fdiff", "doctor", "--json"]
     flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
     done = execute([*words, *flags], tmp_path, env=environment(LAUNCHERS["srun"], request)).check()
     report = json.loads(done.out)

@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bars import recorded
 from jobs import TINY, fdiff, in_turn
 from PIL import Image
+from progress_bars import recorded
 from ranks import run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator

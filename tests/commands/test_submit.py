@@ -15,7 +15,7 @@ import pytest
 import submitit
 import yaml
 from jobs import ROOT, TINY, arrays, clean_env, execute, fdiff
-from launching import PYTHON, rounds, started, trainers, wait_for
+from launchers import PYTHON, rounds, started, trainers, wait_for
 
 from fdiff.commands import submit, submit_job
 from fdiff.commands.flags import parse
@@ -123,8 +123,8 @@ def test_a_state_that_stays_ends_the_wait(states, monkeypatch):
 
 def supervised(code: str) -> subprocess.Popen[bytes]:
     """A process that supervises `sh -c CODE` and ends with its status."""
-    program = "import sys; from fdiff.commands.submit_job import supervise; sys.exit(supervise(['sh', '-c', sys.argv[1]]))"
-    return subprocess.Popen([sys.executable, "-c", program, code], env=clean_env(PYTHONPATH=str(ROOT)))
+    program = "import sys; from fdiff.commands.submit_job import supervise; sys.exit(supervise(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", program, "sh", "-c", code], env=clean_env(PYTHONPATH=str(ROOT)))
 
 
 @pytest.mark.parametrize("code, status", [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -USR2 $$", 140)])

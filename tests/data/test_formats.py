@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_data import (
+from small_datasets import (
     REPO,
     all_images,
     idx_bytes,
@@ -166,7 +166,7 @@ def test_a_label_that_fashion_mnist_has_not_is_refused(tmp_path: Path) -> None:
     refusal(lambda: open_source(config, "test"), str(path), "label 10")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=3), st.booleans())
 def test_any_idx_array_comes_back(tmp_path_factory, shape: list[int], compress: bool) -> None:
     array, path = pixels(*shape), tmp_path_factory.mktemp("idx") / "file"

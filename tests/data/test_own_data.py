@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from made_data import (
+from small_datasets import (
     all_images,
     folder,
     pixels,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_data import (
+from PIL import Image
+from small_datasets import (
     CPU,
     folder,
     needs_gpu,
@@ -19,7 +20,6 @@ from made_data import (
     refusal,
     save,
 )
-from PIL import Image
 
 from fdiff.config import DataConfig
 from fdiff.data import Shard, Source, normalise, open_source, shards
@@ -60,7 +60,7 @@ def test_images_grow_by_interpolation() -> None:
     np.testing.assert_array_equal(grown, np.tile(expected, (16, 1)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 255))
 def test_a_flat_image_stays_flat(height: int, width: int, side: int, level: int) -> None:
     flat = torch.full((2, 1, height, width), level, dtype=torch.uint8)
@@ -145,7 +145,7 @@ def test_more_images_than_are_brought_over_at_once_stay_in_order() -> None:
     assert torch.equal(whole[0], source.images(range(500)).flip(0))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from(["always", "never"]))
 def test_an_epoch_holds_each_image_once(n: int, batch_size: int, seed: int, in_memory: str) -> None:
     source = open_source(DataConfig(test_limit=30), "test")

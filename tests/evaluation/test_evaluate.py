@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from bars import recorded
-from jobs import TINY, arrays, fdiff, in_turn, rows, torchrun
+from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
+from progress_bars import recorded
 from ranks import run_ranks
 
 from fdiff import checkpoint
@@ -28,7 +28,7 @@ from fdiff.errors import UserError
 from fdiff.evaluation import features
 from fdiff.evaluation.extractors import load_extractor
 from fdiff.evaluation.features import ImageFeatures, features_of_source
-from fdiff.evaluation.scoring import Scoring, Wanted, summaries, summary
+from fdiff.evaluation.scoring import Scoring, ScoringRequest, summaries, summary
 from fdiff.evaluation.warnings import find_warnings, newest_scores
 from fdiff.federation import sampling
 from fdiff.federation.forecast import forecast_run
@@ -74,7 +74,7 @@ def score(comm: Communicator, run: Path, cache: Path) -> tuple[list[dict[str, An
     """A rank's rows and what it sent, of 128 images a model with all metrics; the moving average of the global one."""
     saved = open_checkpoint(run)
     config = replace(saved.config, runtime=RuntimeConfig(threads=1))
-    scoring = Scoring(comm, CPU, config, Wanted(), cache)
+    scoring = Scoring(comm, CPU, config, ScoringRequest(), cache)
     kinds = (False, True) if saved.config.method == "full" else (False,)
     found = [row for ema in kinds for done in scoring.score(saved, ema) for row in done]
     return sorted(found, key=lambda row: (row["ema"], row["client"] or 0)), comm.ledger.take()
@@ -129,9 +129,9 @@ def elsewhere(method: str, ranks: int) -> float:
 @pytest.mark.slow
 def test_the_command_prints_and_keeps_every_score_with_its_facts(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = torchrun(2, "evaluate", "udec", "--runtime.threads", 1, "--json", "--all_rounds", cwd=runs).check()
-    assert "images/s" not in done.err  # nobody watches
-    objects = [json.loads(line) for line in done.out.splitlines()]
+    ranks = on_ranks(2, "evaluate", "udec", "--runtime.threads", 1, "--json", "--all_rounds", cwd=runs)
+    assert not any("images/s" in rank.check().err for rank in ranks)  # nobody watches
+    objects = [json.loads(line) for rank in ranks for line in rank.out.splitlines()]
     assert [o["round"] for o in objects] == [1, 2, 3]
     last = objects[-1]
     assert (last["n"], last["n_real"], last["extractor"], last["resized_from"]) == (128, 128, "fmnist-cnn", 8)
@@ -205,7 +205,7 @@ def test_the_local_models_are_those_whose_average_was_taken(runs, run, parts):
 @pytest.mark.slow
 def test_local_models_are_scored_where_they_were_kept(runs, tmp_path):
     saved = open_checkpoint(runs / "kept")
-    scoring = Scoring(SoloCommunicator(), CPU, saved.config, Wanted(metrics=("frechet",)), tmp_path)
+    scoring = Scoring(SoloCommunicator(), CPU, saved.config, ScoringRequest(metrics=("frechet",)), tmp_path)
     ((average,),) = scoring.score(saved, ema=False)
     (first,), (second,) = scoring.score(saved, ema=False, local=True)
     assert [(r["client"], r["local"]) for r in (average, first, second)] == [(None, False), (0, True), (1, True)]

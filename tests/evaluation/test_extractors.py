@@ -41,6 +41,7 @@ def images(n: int, channels: int = 1, side: int = 28) -> Tensor:
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.slow
 def test_the_embedded_classifier_finds_91_of_100_test_labels():
     source = open_source(DataConfig(dataset="fashion-mnist", root=str(DEBIAN)), "test")
     found = load_extractor("fmnist-cnn").labels(source.images(np.arange(len(source))))
@@ -57,6 +58,7 @@ def test_its_weights_are_small_and_its_distance_is_not_called_fid():
     assert len(extractor.checksum) == 64
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_how_images_are_dealt_out():
     extractor, batch = load_extractor("fmnist-cnn"), images(300)
     whole = extractor.features(batch)

@@ -59,7 +59,7 @@ def test_the_frechet_distance_of_singular_covariances_is_exact() -> None:
     assert frechet_distance(means[0], a, means[1], b) == pytest.approx(1 + 4 + 4, abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.lists(st.integers(0, 30), min_size=1, max_size=6))
 def test_moments_of_shards_add_up_to_the_moments_of_all(seed: int, dim: int, sizes: list[int]) -> None:
     shards = [normal(n, dim, seed + i, 1.0) for i, n in enumerate([*sizes, dim + 2])]
@@ -76,7 +76,7 @@ def test_adding_moments_is_adding_their_flat_tensors() -> None:
     assert torch.equal((a + Moments.zeros(3)).to_flat(), a.to_flat())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 8), st.floats(0, 3), st.floats(0.2, 3))
 def test_the_frechet_distance_is_a_distance(seed: int, dim: int, shift: float, scale: float) -> None:
     a, b = (Moments.of(normal(40, dim, seed)), Moments.of(normal(40, dim, seed + 1, shift, scale)))
@@ -195,7 +195,7 @@ def test_class_coverage_names_the_classes_that_skew_destroyed() -> None:
     assert class_coverage(torch.tensor([90, 10, 0]), torch.tensor([99, 1, 0])).missing == []  # 1 % of 10 %: a tenth
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=12))
 def test_total_variation_is_symmetric_and_bounded(pairs: list[tuple[int, int]]) -> None:
     real, fake = (torch.tensor(h) + torch.eye(len(pairs), dtype=torch.int64)[0] for h in zip(*pairs, strict=True))
@@ -263,11 +263,13 @@ METRICS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_real_against_real_is_near_zero(by_noise: dict[int, dict[str, float]], metric: str) -> None:
     assert abs(by_noise[0][metric]) < NEAR_ZERO[metric] < by_noise[NOISE[-1]][metric] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_score_worsens_monotonically_with_noise(by_noise: dict[int, dict[str, float]], metric: str) -> None:
     values = [by_noise[level][metric] for level in NOISE]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from faults import plants
+from faults import injections
 from faults.ledger import Row
 from faults.processes import Job
 from faults.runs import LOADING, METHODS, committed, goes_on, logged, lost, rounds_there, train
@@ -20,11 +20,11 @@ def clients(row: Row, cases: range, folder: Path) -> None:
     """An exception, a refusing allocator or a loss that is not finite in one or two clients of four, both policies."""
     for i in cases:
         chance, run = random.Random(i), folder / f"run-{i}"
-        how, policy, method = plants.FAILURES[i % 3], ("stop", "drop")[i % 2], METHODS[i // 2 % 4]
+        how, policy, method = injections.FAILURES[i % 3], ("stop", "drop")[i % 2], METHODS[i // 2 % 4]
         ranks, failing = (1, 2, 4)[i // 3 % 3], tuple(sorted(chance.sample(range(4), 1 + chance.randrange(2))))
         more = ["--federation.on_client_failure", policy, "--runtime.timeout_s", 60, "--optim.ema", 0.9]
         more += LOADING if i % 5 == 2 else ()
-        job = Job(train(run.name, method, 3, *more), ranks, folder, partial(plants.fail_client, how, failing, 2))
+        job = Job(train(run.name, method, 3, *more), ranks, folder, partial(injections.fail_client, how, failing, 2))
         ended = job.wait(120)
         statuses = set(job.statuses())
         if policy == "drop":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from faults import plants
+from faults import injections
 from faults.ledger import Row
 from faults.processes import Job
 from faults.runs import GRACE_S, LOADING, METHODS, committed, equal, goes_on, logged, lost, rounds_there, train
@@ -30,7 +30,7 @@ def commits(row: Row, cases: range, folder: Path) -> None:
         # every fourth time on two ranks, of which the second has to end by itself
         ranks = 2 if i % 4 == 3 else 1
         arguments = train("run", "udec", 10_000, "--runtime.timeout_s", TIMEOUT_S, resume=run.exists())
-        job = Job(arguments, ranks, folder, partial(plants.kill_in_commit, i))
+        job = Job(arguments, ranks, folder, partial(injections.kill_in_commit, i))
         _until(job, lambda job=job: 0 not in job.alive())
         ended = job.wait(TIMEOUT_S + GRACE_S)
         done, visible = committed(folder, "run"), max(rounds_there(run), default=0)
@@ -58,13 +58,13 @@ def segfaults(row: Row, cases: range, folder: Path) -> None:
 def ranks(row: Row, cases: range, folder: Path, number: signal.Signals = signal.SIGKILL) -> None:
     """The end of a client rank of four: in training, between the vote and a collective, within one; four methods, both
     reductions. What was summed in order is then taken up."""
-    die = plants.segfault if number == signal.SIGSEGV else plants.die
+    die = injections.segfault if number == signal.SIGSEGV else injections.die
     for i in cases:
-        place, method, reduction = plants.PLACES[i % 3], METHODS[i % 4], ("fast", "ordered")[i // 4 % 2]
+        place, method, reduction = injections.PLACES[i % 3], METHODS[i % 4], ("fast", "ordered")[i // 4 % 2]
         victim, run = random.Random(i).randrange(1, 4), folder / f"run-{i}"
         more = ("--runtime.reduction", reduction, *(LOADING if i // 3 % 4 == 1 else ()))
         # in the third round: round 2 is being committed, and that began when round 1 was there
-        fault = partial(plants.kill_rank, place, victim, 3, i, die=die)
+        fault = partial(injections.kill_rank, place, victim, 3, i, die=die)
         job = Job(train(run.name, method, 4, "--runtime.timeout_s", TIMEOUT_S, *more), 4, folder, fault)
         _until(job, lambda job=job, victim=victim: victim not in job.alive())
         began = time.monotonic()
@@ -107,7 +107,7 @@ def locks(row: Row, cases: range, folder: Path) -> None:
     for i in cases:
         victim, run, patient = random.Random(i).randrange(1, 4), folder / f"run-{i}", i % 2 == 0
         more = () if patient else ("--runtime.timeout_s", TIMEOUT_S)
-        fault = partial(plants.hold_in_round, 2, HELD_S, victim=victim, hold=plants.hold_the_lock)
+        fault = partial(injections.hold_in_round, 2, HELD_S, victim=victim, hold=injections.hold_the_lock)
         job = Job(train(run.name, METHODS[i // 2 % 4], 3, *more), 4, folder, fault)
         _until(job, lambda job=job: (job.cwd / "held").exists())
         began = time.monotonic()

@@ -14,7 +14,7 @@ from pathlib import Path
 from faults.ledger import Row
 from fdiff import checkpoint
 
-WRITER = Path(__file__).with_name("writer.py")
+WRITER = Path(__file__).with_name("power_cut_writer.py")
 
 
 def cuts(row: Row, cases: range, folder: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from faults import plants
+from faults import injections
 from faults.ledger import Row
 from faults.processes import Job
 from faults.runs import METHODS, equal, logged, rounds_there, train
@@ -48,7 +48,7 @@ def _one_run(row: Row, folder: Path, name: str, method: str, first: int, chance:
         stop, goal = first + leg, LAST if leg == STOPS else 10_000
         arguments = train(name, method, goal, *KEEPING, "--run.checkpoint_every", 4, resume=leg > 0)
         victim = chance.choice(training(method, stop + 1, ranks))
-        fault = partial(plants.stop_in_round, stop + 1, 1 + chance.randrange(2), victim)
+        fault = partial(injections.stop_in_round, stop + 1, 1 + chance.randrange(2), victim)
         job = Job(arguments, ranks, folder, fault if leg < STOPS else None)
         ended = job.wait(120)
         status, there = (0, LAST) if leg == STOPS else (128 + signal.SIGTERM, stop)

@@ -35,7 +35,7 @@ def rounds_there(run: Path) -> list[int]:
 
 
 def committed(folder: Path, run: str) -> int:
-    """The last round whose commit came to its end, as rank 0 noted it beside the run; see plants.note_commits."""
+    """The last round whose commit came to its end, as rank 0 noted it beside the run; see injections.note_commits."""
     note = folder / f"{run}.committed"
     return int(note.read_text().split()[-1]) if note.exists() else 0
 

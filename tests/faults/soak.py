@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults import plants
+from faults import injections
 from faults.processes import Job
 from faults.runs import GRACE_S, committed, logged, lost, train
 
@@ -123,7 +123,7 @@ def _stop(job: Job, run: Path, found: Found) -> None:
 
 def _start(folder: Path, resume: bool) -> Job:
     more = ("--federation.on_client_failure", "drop", "--runtime.timeout_s", TIMEOUT_S, "--optim.ema", 0.9)
-    return Job(train("run", "usplit", 1_000_000, *more, resume=resume), RANKS, folder, plants.fail_on_signal)
+    return Job(train("run", "usplit", 1_000_000, *more, resume=resume), RANKS, folder, injections.fail_on_signal)
 
 
 def _disturb(job: Job, chance: random.Random) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import slurm_cluster
 
-from faults import damage, failing, fuzzing, killing, launched, power, resuming
+from faults import damage, failing, fuzzing, killing, launcher_signals, power, resuming
 from faults.ledger import Row
 
 
@@ -41,16 +41,16 @@ def mounting() -> str | None:
 
 
 FAULTS: dict[str, Fault] = {
-    "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 20, 200),
+    "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 8, 200),
     "ranks": Fault("SIGKILL of a client rank", killing.ranks, 8, 100),
     "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 3, 24),
     "locks": Fault("a rank holds the interpreter's lock for 30 s", killing.locks, 2, 8),
     "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
     "stopped": Fault("SIGSTOP of one rank", killing.stopped, 2, 20),
     "signals": Fault("SIGTERM or SIGUSR2 at a random time", killing.signals, 4, 24),
-    "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launched.torchrun, 2, 40),
-    "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launched.on_slurm, 2, 10, needs=slurm_cluster.why_not),
-    "damage": Fault("damaged checkpoint", damage.files, 32, 104),
+    "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launcher_signals.torchrun, 2, 40),
+    "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launcher_signals.on_slurm, 2, 10, needs=slurm_cluster.why_not),
+    "damage": Fault("damaged checkpoint", damage.files, 16, 104),
     "disks": Fault("disk full or read-only during a commit", failing.disks, 4, 20, needs=mounting),
     "resumes": Fault("stopped and resumed on other numbers of ranks", resuming.resumes, 12, 96),
     "configurations": Fault("malformed configuration (fuzzed)", fuzzing.configurations, 25, 100),

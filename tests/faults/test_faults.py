@@ -1,45 +1,46 @@
 """The short fault suite: nothing is lost, nothing hangs, nothing damaged is loaded. See faults/__main__.py.
 
-Three faults at a time, because most of the time each of them waits. And the suite itself: what it would miss.
+And the suite itself: what it would miss.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from made_files import ARRAYS, HEADER, write_one
+from array_files import ARRAYS, HEADER, write_one
 
 from faults import __main__ as command
-from faults import damage, forging, plants, resuming, runs, suite
+from faults import damage, forging, injections, resuming, runs, suite
 from faults.ledger import Row, enter
 from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
-IN_TURN = ("configurations", "checkpoints", "headers")  # the fuzzer is not made for threads
-LONG = ("locks",)
-AT_ONCE = tuple(name for name in FAULTS if name not in IN_TURN + LONG)
+RARE = ("locks",)  # half a minute of standing still for each case
+# Cases after those of the short suite: other seeds of faults that it has shown in every kind.
+MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
 
 
-@pytest.fixture(scope="module")
-def injected():
-    """Each fault's row to come."""
-    with ThreadPoolExecutor(3) as threads:
-        able = [name for name in AT_ONCE if FAULTS[name].needs() is None]
-        yield {name: threads.submit(run, name, FAULTS[name].short) for name in able}
-        threads.shutdown(cancel_futures=True)
+def inject(name: str, count: int, first: int = 0) -> None:
+    if reason := FAULTS[name].needs():
+        pytest.skip(reason)
+    row, _ = run(name, count, first)
+    assert row.passed, (row.cells(), row.notes)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [*AT_ONCE, *IN_TURN, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
-def test_fault(injected: dict[str, Future], name):
-    if reason := FAULTS[name].needs():
-        pytest.skip(reason)
-    row, _ = run(name, FAULTS[name].short) if name not in AT_ONCE else injected[name].result()
-    assert row.passed, (row.cells(), row.notes)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.rare] * (n in RARE)) for n in FAULTS])
+def test_fault(name):
+    inject(name, FAULTS[name].short)
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MORE)
+def test_more_cases_of_a_fault(name):
+    inject(name, MORE[name], first=FAULTS[name].short)
 
 
 # --- the suite itself ----------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ def test_fault(injected: dict[str, Future], name):
 
 @pytest.mark.slow
 def test_what_a_rank_leaves_behind_is_counted_and_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("faults.processes.PATIENCE_S", 0.5)
-    job = Job(runs.train("run", "full", 1), 2, tmp_path, plants.leave_a_process)
+    monkeypatch.setattr("forked_jobs.PATIENCE_S", 0.5)
+    job = Job(runs.train("run", "full", 1), 2, tmp_path, injections.leave_a_process)
     assert job.wait(60) and job.statuses() == [0, 0]
     assert job.left_over == 2
     assert Job(runs.train("run", "full", 1), 1, tmp_path).wait(60)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults.plants import fail_client
+from faults.injections import fail_client
 from faults.processes import Job
 from faults.runs import train
 from jobs import arrays, rows

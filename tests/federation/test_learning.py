@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import BIN, execute, fdiff, rows
+from jobs import fdiff, on_ranks, rows
 
 from fdiff.config import DataConfig
 from fdiff.data import open_source
@@ -35,7 +35,7 @@ def of_noise() -> dict[str, Any]:
 @pytest.mark.timeout(900)
 def test_twenty_rounds_beat_one_and_noise_on_every_metric(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    execute([BIN / "fdiff", "train", *RUN], tmp_path, timeout_s=800).check()
+    on_ranks(1, "train", *RUN, cwd=tmp_path, timeout_s=800)[0].check()
     for round in (1, 20):
         folder = tmp_path / "run" / "checkpoints" / f"round-{round:06d}"
         fdiff("evaluate", folder, "--runtime.threads", 1, cwd=tmp_path).check()

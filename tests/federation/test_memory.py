@@ -16,7 +16,7 @@ from fdiff.federation import assemble
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import activations, memory_of_rank
-from fdiff.federation.snapshot import Copies, contents
+from fdiff.federation.snapshot import HostCopies, contents
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def small(method: str, clients: int, **more: object) -> Config:
     return replace(mini(), method=method, federation=federation, optim=OptimConfig(ema=0.9, batch_size=4))
 
 
-def kept(host: Host, copies: Copies) -> int:
+def kept(host: Host, copies: HostCopies) -> int:
     """Bytes of all host memory that the clients and a checkpoint hold on to, after rounds that trained everybody."""
     metrics = {"round": 1, "reporters": {}}
     for _ in range(3):
@@ -49,7 +49,7 @@ def kept(host: Host, copies: Copies) -> int:
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_host_holds_what_the_budget_says(method, clients, keep):
     config = small(method, clients, keep_optimizer=keep)
-    held, budget = kept(host_of(config), Copies()), memory_of_rank(config, 0, 1).host
+    held, budget = kept(host_of(config), HostCopies()), memory_of_rank(config, 0, 1).host
     steps = 4 * (2 * clients - 1) * keep  # the count of steps of a kept optimizer is not worth a line of the budget
     assert held - steps <= budget <= held
 

@@ -13,8 +13,8 @@ import yaml
 from faults.processes import Job
 from faults.runs import equal, train
 from jobs import BIN, TINY, Done, arrays, clean_env, fdiff, in_turn, largest_difference, rows
-from launching import started, trainers, wait_for
-from made_data import needs_gpu
+from launchers import started, trainers, wait_for
+from small_datasets import needs_gpu
 
 from fdiff.plan import SHARED_PARTS
 

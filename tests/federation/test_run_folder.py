@@ -29,7 +29,7 @@ def precious(tmp_path) -> Path:
     return file
 
 
-def books(run: Path) -> Federator:
+def federator_of(run: Path) -> Federator:
     return Federator(cfg.Config(run=cfg.RunConfig(dir=str(run))))
 
 
@@ -43,7 +43,7 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path, precious, name):
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(precious)
-    kept = books(run)
+    kept = federator_of(run)
     kept.open(resume=True)
     kept.begin(0, {})
     kept.record(row(1), [])
@@ -79,7 +79,7 @@ def test_a_lock_that_is_a_link_is_not_made_elsewhere(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "new")
     with pytest.raises(UserError, match="cannot be written"):
-        books(tmp_path / "run").open(resume=True)
+        federator_of(tmp_path / "run").open(resume=True)
     assert not (tmp_path / "new").exists()
 
 
@@ -109,12 +109,12 @@ def test_without_locks_the_run_goes_on_with_a_warning(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(fcntl, "flock", none)
     with caplog.at_level(logging.WARNING):
-        books(tmp_path / "run").open(resume=False)
+        federator_of(tmp_path / "run").open(resume=False)
     assert len(caplog.messages) == 1 and "cannot be locked" in caplog.text and os.strerror(number) in caplog.text
 
 
 def test_a_lock_that_fails_otherwise_is_a_reason_to_stop(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(UserError, match="cannot be written"):
-        books(tmp_path / "run").open(resume=False)
+        federator_of(tmp_path / "run").open(resume=False)
     assert federator.NO_LOCKS

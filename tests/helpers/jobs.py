@@ -1,17 +1,18 @@
-"""Real jobs for the tests: `fdiff` alone, under torchrun, or many requests in one torchrun; and what they leave."""
+"""Jobs for the tests: `fdiff ARGUMENTS` alone or on several ranks, commands of any kind; and what a run leaves."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
+from forked_jobs import Before, Job, clean_env
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -39,14 +40,6 @@ class Done:
         return self
 
 
-def clean_env(**more: str) -> dict[str, str]:
-    """This environment without what a launcher may have left in it."""
-    prefixes = ("SLURM_", "OMPI_", "PMI", "PMIX", "MASTER_", "TORCHELASTIC_", "SUBMITIT_")
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in ranks}
-    return {**kept, "OMP_NUM_THREADS": "1", **more}
-
-
 def execute(command: Sequence[object], cwd: Path, timeout_s: float = 240, env: Mapping[str, str] | None = None) -> Done:
     """Run a command to its end; a hang fails the test."""
     done = subprocess.run(
@@ -61,30 +54,28 @@ def execute(command: Sequence[object], cwd: Path, timeout_s: float = 240, env: M
 
 
 def fdiff(*arguments: object, cwd: Path) -> Done:
-    """`fdiff ARGUMENTS` alone."""
-    return execute([BIN / "fdiff", *arguments], cwd)
+    """`fdiff ARGUMENTS` alone, in a process forked from the warm server."""
+    return on_ranks(1, *arguments, cwd=cwd)[0]
+
+
+def on_ranks(
+    ranks: int, *arguments: object, cwd: Path, timeout_s: float = 240, before: Before | None = None
+) -> list[Done]:
+    """`fdiff ARGUMENTS` on so many ranks; how each ended. A hang fails the test."""
+    with tempfile.TemporaryDirectory() as logs:
+        job = Job(arguments, ranks, cwd, before, Path(logs))
+        assert job.wait(timeout_s), f"not ended within {timeout_s} s:\n{job.said()}"
+        return [Done(status, job.printed(r, "out"), job.printed(r, "err")) for r, status in enumerate(job.statuses())]
+
+
+def in_turn(ranks: int, requests: Sequence[Sequence[object]], cwd: Path) -> list[list[Done]]:
+    """Each request as a job of its own on all ranks: by request, then by rank."""
+    return [on_ranks(ranks, *request, cwd=cwd) for request in requests]
 
 
 def torchrun(ranks: int, *arguments: object, cwd: Path) -> Done:
     """`torchrun --nproc_per_node RANKS -m fdiff ARGUMENTS`."""
     return execute([BIN / "torchrun", "--standalone", "--nproc_per_node", ranks, "-m", "fdiff", *arguments], cwd)
-
-
-def in_turn(ranks: int, requests: Sequence[Sequence[object]], cwd: Path) -> list[list[Done]]:
-    """Each request as a job of its own on all ranks, with its real exit status: by request, then by rank.
-
-    One torchrun starts them all, so that torch is loaded once; every rank forks a process for each request.
-    """
-    plan = cwd / "requests.json"
-    plan.write_text(json.dumps([[str(word) for word in request] for request in requests]))
-    script = ROOT / "tests" / "helpers" / "forked.py"
-    execute([BIN / "torchrun", "--standalone", "--nproc_per_node", ranks, script, plan], cwd).check()
-    return [[_result(cwd, i, rank) for rank in range(ranks)] for i in range(len(requests))]
-
-
-def _result(cwd: Path, request: int, rank: int) -> Done:
-    file = cwd / f"result-{request}-{rank}"
-    return Done(int(file.read_text()), file.with_suffix(".out").read_text(), file.with_suffix(".err").read_text())
 
 
 # --- what a run leaves ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from comm_cases import CASES, ramp
-from faults.plants import hold_the_lock, segfault
+from faults.injections import hold_the_lock, segfault
 
 from fdiff.comm import Communicator, LostRanks, collectives, connect
 from fdiff.comm.mpi import MpiCommunicator

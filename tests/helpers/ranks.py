@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -18,13 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_jobs import free_port
+from warm_server import PROCESSES
 
 from fdiff.comm.base import Communicator
 from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
-
-# Processes are forked from a clean server that has imported torch already, which takes seconds otherwise.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch.distributed", "fdiff.comm.torch_dist"])
 
 
 @dataclass
@@ -93,13 +89,6 @@ def _stopped(process: BaseProcess) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody has at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(

@@ -1,4 +1,4 @@
-"""Every line that README, the templates and launch/ tell a user to start: its flags, its ranks, the files it names."""
+"""Every line that a README, a template or launch/ tells a user to start: its flags, its ranks, the files it names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from jobs import ROOT
 
 from fdiff.commands.flags import COMMANDS, parse
 
+ROOMS = ("fdiff", "launch", "slurm", "tests")
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
-TEXTS = [ROOT / "README.md", *TEMPLATES, *sorted(p for p in (ROOT / "launch").iterdir() if p.is_file())]
+READMES = [ROOT / "README.md", *sorted(p for room in ROOMS for p in (ROOT / room).rglob("README.md"))]
+SCRIPTS = [*TEMPLATES, *sorted(p for p in (ROOT / "launch").iterdir() if p.is_file() and p.suffix != ".md")]
+TEXTS = [*READMES, *SCRIPTS]
 PLACEHOLDER = re.compile(r"\[[^]]*\] ?")  # `sbatch [sbatch options] FILE [--] FLAGS`
 
 
@@ -60,7 +63,7 @@ def sbatch_options(template: Path) -> list[str]:
     return re.findall(r"^#SBATCH (--\S+)", template.read_text(), re.M)
 
 
-LINES = [(path.name, words) for path in TEXTS for words in lines_of(path.read_text())]
+LINES = [(str(path.relative_to(ROOT)), words) for path in TEXTS for words in lines_of(path.read_text())]
 
 
 @pytest.mark.parametrize(("where", "words"), LINES, ids=[f"{name}: {shlex.join(words)}" for name, words in LINES])
@@ -72,14 +75,26 @@ def test_a_line_is_understood_and_has_no_more_ranks_than_clients(where: str, wor
 def test_no_line_is_overlooked() -> None:
     named = {Path(words[0]).name for where, words in LINES if where == "README.md"}
     assert named == {"torchrun", "mpirun", "srun", "sbatch", "fdiff"}
-    assert {where for where, _ in LINES} == {path.name for path in TEXTS} - {"venv.sh"}
+    with_lines = {where for where, _ in LINES}
+    assert with_lines >= {str(path.relative_to(ROOT)) for path in SCRIPTS} - {"launch/venv.sh"}
+    assert with_lines >= {"launch/README.md", "slurm/README.md", "fdiff/sweeps/README.md"}
     assert [ranks_of(words) for where, words in LINES if where.endswith(".sbatch")] == [4, 4, 4]
 
 
 def test_files_that_are_named_exist() -> None:
-    folders = "fdiff|launch|slurm|tests"
+    folders = "|".join(ROOMS)
     for path in TEXTS:
         text = path.read_text()
         named = re.findall(rf"(?<![\w/.$-])((?:{folders})/[\w./-]*\w|\w+\.sbatch)\b", text)
         for name in named:
             assert (ROOT / name).exists() or (ROOT / "slurm" / name).exists(), f"{path.name} names {name}"
+
+
+def test_links_lead_somewhere() -> None:
+    for path in READMES:
+        for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", path.read_text()):
+            assert not target or (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_the_first_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

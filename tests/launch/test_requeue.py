@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jobs import ROOT, TINY, arrays, clean_env, execute
-from launching import PYTHON, Job, rounds, started, wait_for
+from launchers import PYTHON, Job, rounds, started, wait_for
 from slurm_cluster import Cluster, job_fields, run, sbatch, wait_for_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
+from called_graph import Called, use_called_graphs
 
-from fdiff.config import OptimConfig, SampleConfig, mini
+from fdiff.config import Config, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig, mini
 from fdiff.data import Shard, open_source
 from fdiff.federation.client import Client, Trainer
-from fdiff.model import capture, diffusion, unet
+from fdiff.federation.host import Host
+from fdiff.federation.sampling import Batch, draw
+from fdiff.model import capture, diffusion
 
 CPU = torch.device("cpu")
 CONFIG = replace(mini(), optim=OptimConfig(batch_size=8, ema=0.9))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Called(capture.Graph):
-    """What a graph does, on the CPU: it computes while it warms up, and not while it captures."""
-
-    replays = 0
-
-    def _warm(self, step) -> None:
-        for _ in range(capture.WARMUP):
-            step()
-
-    def _capture(self, step, noise):
-        self._step = step
-
-    def replay(self):
-        Called.replays += 1
-        return self._step()
-
-
 @pytest.fixture
 def called(monkeypatch):
-    monkeypatch.setattr(capture, "Graph", Called)
-    monkeypatch.setattr(diffusion, "Graph", Called)
-    for module in (capture, diffusion):
-        monkeypatch.setattr(module, "can_capture", lambda device: True)
-    monkeypatch.setattr(capture, "compiled", lambda function, device: function)
-    monkeypatch.setattr(Called, "replays", 0)
+    use_called_graphs(monkeypatch)
 
 
-def trained(device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
+def trained(
+    device: torch.device = CPU, config: Config = CONFIG
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
     """Parameters, moving average and losses after two rounds of epochs whose last batch is short."""
-    trainer = Trainer(replace(CONFIG, federation=replace(CONFIG.federation, local_epochs=2)), device)
-    client = Client(0, Shard(open_source(CONFIG.data, "train"), range(20), device))
+    trainer = Trainer(replace(config, federation=replace(config.federation, local_epochs=2)), device)
+    client = Client(0, Shard(open_source(config.data, "train"), range(20), device))
     losses: tuple[float, ...] = ()
     for round in (1, 2):
         trainer.prepare(client, round)
@@ -55,13 +40,16 @@ def trained(device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor, tup
     return trainer.buckets.flat.cpu(), trainer.working["ema"].cpu(), losses
 
 
-def drawn(sampler: str, device: torch.device = CPU) -> torch.Tensor:
-    trainer = Trainer(CONFIG, device)
-    table = diffusion.make_sampler(
-        replace(CONFIG.diffusion, timesteps=12), SampleConfig(sampler=sampler, steps=5, clip=True)
-    )
-    images = torch.arange(3, device=device)
-    return diffusion.sample(trainer.denoiser, table, 7, images, (1, 16, 16)).cpu()
+def drawn(sampler: str, device: torch.device = CPU, config: Config = CONFIG) -> torch.Tensor:
+    """Two batches, the second one after the parameters have changed, and a short one."""
+    sample = SampleConfig(sampler=sampler, steps=5, clip=True, batch_size=3)
+    config = replace(config, diffusion=replace(config.diffusion, timesteps=12), sample=sample)
+    trainer = Trainer(config, device)
+    drawn = []
+    for first, last in ((0, 3), (3, 6), (6, 8)):
+        drawn.append(draw(trainer, config, Batch(None, first, last, 0)).cpu())
+        trainer.buckets.flat.mul_(0.5)
+    return torch.cat(drawn)
 
 
 def test_a_captured_training_step_computes_what_the_plain_one_does(request):
@@ -77,13 +65,55 @@ def test_a_captured_sampling_step_computes_what_the_plain_one_does(request, samp
     plain = drawn(sampler)
     request.getfixturevalue("called")
     assert torch.equal(plain, drawn(sampler))
-    assert Called.replays == steps
+    assert Called.replays == 3 * steps  # captured once a size, replayed for every batch
 
 
-def test_the_step_is_one_graph_to_the_compiler(monkeypatch):
-    """Without a break, and with a backward pass: what `torch.compile` needs of the model, in the layout of a GPU."""
-    monkeypatch.setattr(unet, "_faster_layout", lambda h: h)
-    trainer = Trainer(CONFIG, CPU)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_captured_step_does_not_keep_the_weights_of_its_first_batch(precision):
+    trainer = Trainer(replace(CONFIG, runtime=RuntimeConfig(precision=precision)), CPU)
+    with trainer.autocast():
+        assert not (torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled())
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def compiling(monkeypatch, **choices: str) -> tuple[Config, torch._dynamo.testing.CompileCounterWithBackend]:
+    """A configuration that compiles as a GPU does, and the count of what its compiler is given."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    runtime = RuntimeConfig(execution="compiled", layout="channels-first", **choices)
+    return replace(CONFIG, model=ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4), runtime=runtime), counter
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, precision):
+    config, counter = compiling(monkeypatch, precision=precision)
+    trainer = Trainer(replace(config, federation=replace(config.federation, local_epochs=1)), CPU)
+    clients = [Client(i, Shard(open_source(config.data, "train"), range(8 + i), CPU)) for i in range(3)]
+    host = Host(trainer, clients)
+    for round in (1, 2):
+        for client in clients:
+            host.enter(client)
+            trainer.prepare(client, round)
+            trainer.train(client, round)
+    trainer.buckets.check_shared()
+    assert counter.frame_count == 1
+
+
+def test_models_and_batches_compile_the_sampling_step_once(monkeypatch):
+    config, counter = compiling(monkeypatch)
+    eager = replace(config, runtime=replace(config.runtime, execution="eager"))
+    plain = drawn("ddim", config=eager)
+    torch.testing.assert_close(drawn("ddim", config=config), plain, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
+def test_the_step_is_one_graph_to_the_compiler(layout):
+    """Without a break, and with a backward pass: what `torch.compile` needs of the model, in the layouts of a GPU."""
+    trainer = Trainer(replace(CONFIG, runtime=RuntimeConfig(layout=layout)), CPU)
     loss = torch.compile(diffusion.loss, backend="aot_eager", fullgraph=True, dynamic=False)
     x, t = torch.randn(4, 1, 16, 16), torch.tensor([0, 3, 500, 999])
     noise = torch.randn(4, 1, 16, 16)
@@ -98,18 +128,30 @@ def test_the_step_is_one_graph_to_the_compiler(monkeypatch):
     torch.testing.assert_close(trainer.buckets.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_is_captured_or_compiled_without_a_gpu():
-    assert not capture.can_capture(CPU)
+def test_the_layout_is_kept_from_the_first_convolution_to_the_last():
+    seen = []
+    for layout in ("channels-first", "channels-last"):
+        trainer = Trainer(replace(CONFIG, runtime=RuntimeConfig(layout=layout)), CPU)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.in_channels > 1:
+                module.register_forward_hook(lambda m, i, out: seen.append(out.is_contiguous()))
+        trainer.model(torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64))
+        assert set(seen) == {layout == "channels-first"}
+        seen.clear()
+
+
+def test_what_is_captured_and_compiled_where():
+    gpu = torch.device("cuda", 0)
+    assert not capture.captures(CPU) and not capture.compiles(CPU) and capture.compiles(CPU, "compiled")
     assert capture.compiled(diffusion.loss, CPU) is diffusion.loss
+    assert capture.captures(gpu) and capture.captures(gpu, "captured") and not capture.captures(gpu, "eager")
+    assert not capture.compiles(gpu, "eager") and not capture.compiles(gpu, "captured")
 
 
 @needs_gpu
-def test_on_a_gpu_the_captured_steps_agree_with_the_plain_ones(monkeypatch):
+def test_on_a_gpu_the_captured_steps_agree_with_the_plain_ones():
     gpu = torch.device("cuda", 0)
+    eager = replace(CONFIG, runtime=RuntimeConfig(execution="eager"))
     captured, images = trained(gpu), drawn("ddpm", gpu)
-    for module in (capture, diffusion):
-        monkeypatch.setattr(module, "can_capture", lambda device: False)
-    monkeypatch.setattr(capture, "compiled", lambda function, device: function)
-    plain = trained(gpu)
-    assert captured[2] == pytest.approx(plain[2], rel=1e-4)
-    torch.testing.assert_close(images, drawn("ddpm", gpu), rtol=1e-3, atol=1e-3)
+    assert captured[2] == pytest.approx(trained(gpu, eager)[2], rel=1e-4)
+    torch.testing.assert_close(images, drawn("ddpm", gpu, eager), rtol=1e-3, atol=1e-3)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import plants
+from faults import injections
 from faults.processes import Job
 from faults.runs import LOADING, logged, rounds_there, train
 from jobs import arrays
-from launching import wait_for
+from launchers import wait_for
 
 from fdiff.errors import Interrupted
 from fdiff.federation import host
@@ -90,12 +90,12 @@ def test_ctrl_c_commits_the_last_complete_round(tmp_path, ranks):
 
 
 def drop_one(rank: int) -> None:
-    plants.fail_client("exception", (1,), 2, rank)
+    injections.fail_client("exception", (1,), 2, rank)
 
 
 def drop_one_and_stop(last_step: int, rank: int) -> None:
     drop_one(rank)
-    plants.stop_in_round(3, last_step, 0, rank)
+    injections.stop_in_round(3, last_step, 0, rank)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_a_signal_is_what_a_saved_round_is(tmp_path, ranks, meth
 
 
 def stop_and_fail_to_average(rank: int) -> None:
-    plants.stop_in_round(2, 1, 0, rank)
+    injections.stop_in_round(2, 1, 0, rank)
     if rank == 1:
         host.Host.shared_range = lambda *_: torch.empty(2**60)
 
@@ -133,7 +133,7 @@ def test_a_rank_that_cannot_average_when_a_signal_comes_is_heard_on_all(tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_the_whole_process_group_leaves_the_loaders_at_work(tmp_path, number):
     """As torchrun and Slurm send it; the loaders' processes must not end before the step does."""
-    job = started(tmp_path, 1, partial(plants.hold_in_round, 2, 2.0), LOADING)
+    job = started(tmp_path, 1, partial(injections.hold_in_round, 2, 2.0), LOADING)
     wait_for(lambda: (tmp_path / "held").exists(), 60, "round 2")
     os.killpg(job.pids[0], number)
     assert job.wait(60) and job.statuses() == [128 + number], job.said()
@@ -143,7 +143,7 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loaders_at_work(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_wait_for_the_step(tmp_path, number):
-    job = started(tmp_path, 1, partial(plants.hold_in_round, 2, 600.0))
+    job = started(tmp_path, 1, partial(injections.hold_in_round, 2, 600.0))
     wait_for(lambda: (tmp_path / "held").exists(), 60, "round 2")
     job.signal(0, number)
     time.sleep(ECHO_S + 0.2)

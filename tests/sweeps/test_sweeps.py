@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bars import recorded
 from jobs import ROOT, clean_env, in_turn, rows
-from launching import PYTHON, rounds, started, wait_for
+from launchers import PYTHON, rounds, started, wait_for
+from progress_bars import recorded
 
 from fdiff.comm import SoloCommunicator
 from fdiff.commands import sweep as command

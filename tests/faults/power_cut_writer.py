@@ -1,4 +1,4 @@
-"""Commits rounds into a folder until it is cut off, and says so after each: `writer.py {sound,careless} FOLDER`."""
+"""Commits rounds until it is cut off, and says so after each: `power_cut_writer.py {sound,careless} FOLDER`."""
 
 from __future__ import annotations
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import slurm_cluster as slurm
+from forked_jobs import survivors
 from jobs import BIN, clean_env
 
 from faults.ledger import Row
-from faults.processes import TAG, survivors, tagged
+from faults.processes import TAG, tagged
 from faults.runs import LOADING, METHODS, goes_on, logged, lost, rounds_there, train
 
 START_S = 90.0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import mpis
+import mpi_libraries
 import pytest
 from jobs import BIN, ROOT, clean_env
 
@@ -45,7 +45,7 @@ class Launcher:
 
 def _mpirun(name: str) -> Callable[[int], list[str]]:
     def command(ranks: int) -> list[str]:
-        mpi = mpis.find(name)
+        mpi = mpi_libraries.find(name)
         return [*mpi.mpirun, "-n", str(ranks), mpi.python, "-m", "fdiff"]
 
     return command

@@ -1,0 +1,107 @@
+"""A round under way, and what it leaves in the logs: its row, a row of each client, bytes held against the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fdiff.comm import exchange_json
+from fdiff.errors import RunError
+from fdiff.federation.aggregate import Aggregation
+from fdiff.federation.assemble import RankSetup
+from fdiff.federation.client import Report
+from fdiff.plan import RoundPlan, communicated_parameters, round_half_up, wire_bytes
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Round:
+    """A round under way, as one rank sees it; each step of the round loop adds what it finds.
+
+    `plan` is what happens: after clients were dropped, without them. `reports` and
+    `failures` (why training failed, by client) are of this rank's clients, `dropped` are the failures of all ranks.
+    `ema` (n,) is the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the sample grid
+    on rank 0; both None in rounds without them. `metrics` is the round's row of the log.
+    """
+
+    plan: RoundPlan
+    averaging: Aggregation
+    reports: list[Report] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
+    ema: Tensor | None = None
+    images: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    metrics: Row = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the time that the block takes to the seconds of a step."""
+        began = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - began
+
+
+def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
+    """The row of the round and the rows of all its clients. Every rank calls it and gets the same ones.
+
+    RunError, the same on every rank, if the ranks together sent another number of bytes than the plan says.
+    """
+    comm, plan, clients = rank.comm, round.plan, rank.config.federation.clients
+    mine = {"reports": [asdict(r) for r in round.reports], "sent": comm.ledger.take(), "seconds": round.seconds}
+    everyone = exchange_json(comm, mine)
+    planned = _check_sent(plan, [each["sent"] for each in everyone], rank)
+    rows = [_client_row(plan, report, each["seconds"], rank) for each in everyone for report in each["reports"]]
+    count = sum(row["images"] for row in rows)
+    metrics = {
+        "round": plan.round,
+        "loss": sum(row["loss"] * row["images"] for row in rows) / count,
+        "images": count,
+        "images_per_s": count / round.seconds["train"],
+        "seconds": round.seconds,
+        "selected": sorted((*plan.selected, *round.dropped)),
+        "dropped": {str(client): why for client, why in round.dropped.items()},
+        "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
+        "communicated_parameters": communicated_parameters(plan, rank.sizes, clients),
+        "wire_bytes": planned,
+        "sent_bytes": {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES},
+    }
+    return metrics, rows
+
+
+def _total(everyone: list[Row], purpose: str) -> int:
+    """Bytes that all ranks together sent for a purpose."""
+    return round_half_up(sum(each["sent"].get(purpose, 0) for each in everyone))
+
+
+def _check_sent(plan: RoundPlan, sent: list[dict[str, float]], rank: RankSetup) -> int:
+    """The bytes of parameters that the plan foresees; RunError if the ranks together sent another number."""
+    clients, itemsize = rank.config.federation.clients, rank.host.shared.element_size()
+    planned = wire_bytes(plan, rank.sizes, clients, rank.comm.size, itemsize)
+    actual = sum(of_rank.get("parameters", 0) for of_rank in sent)
+    if abs(actual - planned) > 0.5:
+        error = RunError(f"round {plan.round}: {actual:.0f} bytes of parameters were sent, the plan says {planned}")
+        error.agreed = True  # all ranks compare the same numbers
+        raise error
+    return planned
+
+
+def _client_row(plan: RoundPlan, report: Row, seconds: dict[str, float], rank: RankSetup) -> Row:
+    reported = sum(rank.sizes[part] for part, clients in plan.reporters.items() if report["client"] in clients)
+    return {
+        "round": plan.round,
+        "client": report["client"],
+        "loss": report["losses"][-1],
+        "losses": report["losses"],
+        "images": report["images"],
+        "images_per_s": report["images"] / report["seconds"],
+        "seconds": {**seconds, "train": report["seconds"]},
+        "parameters_sent": reported,
+        "bytes_sent": reported * rank.host.shared.element_size(),
+    }
