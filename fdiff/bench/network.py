@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-SUBNET = "10.213.0"
 INTERFACE = "eth0"
 BURST_S = 2e-3  # what a link lets through at once, in time at its bandwidth
 SMALLEST_BURST = 65_536  # a packet before it is cut into frames
@@ -32,15 +31,23 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Network:
-    """Its namespaces, one a rank, and the bridge that joins them, whose end here has the address `gate`."""
+    """Its namespaces, one a rank, and the bridge that joins them, whose end here has the address `gate`.
+
+    Networks of several processes have subnets of their own, as far as process ids tell.
+    """
 
     namespaces: tuple[str, ...]
     bridge: str
-    gate: str = f"{SUBNET}.254"
+    subnet: str
+
+    @property
+    def gate(self) -> str:
+        """The address by which this side of the bridge is reached."""
+        return f"{self.subnet}.254"
 
     def address(self, rank: int) -> str:
         """Where the others find a rank."""
-        return f"{SUBNET}.{rank + 1}"
+        return f"{self.subnet}.{rank + 1}"
 
     def inside(self, rank: int, *command: object) -> list[str]:
         """A command to be run in a rank's namespace."""
@@ -55,8 +62,10 @@ class Network:
 @contextmanager
 def network(ranks: int, mbit_per_s: float | None = None) -> Iterator[Network]:
     """A network of so many ranks, gone at the end of the block; OSError with `ip`'s words if it cannot be made."""
-    tag = f"fd{os.getpid() % 10_000}x{next(_made)}"  # an interface's name has at most 15 letters
-    made = Network(tuple(f"{tag}n{rank}" for rank in range(ranks)), f"{tag}br")
+    number = next(_made)
+    tag, place = f"fd{os.getpid() % 10_000}x{number}", (os.getpid() + number) % (50 * 256)  # a name has 15 letters
+    subnet = f"10.{200 + place // 256}.{place % 256}"
+    made = Network(tuple(f"{tag}n{rank}" for rank in range(ranks)), f"{tag}br", subnet)
     try:
         _ip("link", "add", made.bridge, "type", "bridge")
         _ip("link", "set", made.bridge, "up")
