@@ -122,6 +122,7 @@ def results(printed: str) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # hundreds of steps; what a step computes is held against the oracle in test_parity.py
 def test_step_and_sample(tmp_path):
     step = results(fdiff("bench", "step", "--json", *SMALL, cwd=tmp_path).check().out)
     (loss,) = [row for name, row in step.items() if name.startswith("loss after 200 steps")]

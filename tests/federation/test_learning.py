@@ -32,6 +32,7 @@ def of_noise() -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # a minute and more; that each step is right is held against the oracle in test_parity.py
 @pytest.mark.timeout(900)
 def test_twenty_rounds_beat_one_and_noise_on_every_metric(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
