@@ -87,6 +87,7 @@ def compiling(monkeypatch, **choices: str) -> tuple[Config, torch._dynamo.testin
     return replace(CONFIG, model=ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4), runtime=runtime), counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, precision):
     config, counter = compiling(monkeypatch, precision=precision)
@@ -102,6 +103,7 @@ def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, pre
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_models_and_batches_compile_the_sampling_step_once(monkeypatch):
     config, counter = compiling(monkeypatch)
     eager = replace(config, runtime=replace(config.runtime, execution="eager"))
