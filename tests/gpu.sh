@@ -54,9 +54,17 @@ fi
 failed=0
 for step in "${steps[@]}"; do
     [[ -z $only || ",$only," == *",$step,"* ]] || continue
+    status=0
     timeout --kill-after=5 "${limit_s[$step]}" \
         python3 -m tests.gpu "$step" "$out" "${limit_s[$step]}" "${dry[@]}" "${data[@]}" >>"$out/log.txt" 2>&1 ||
-        { echo "$step: ended with status $?"; failed=1; }
+        status=$?
+    if [[ $status == 124 || $status == 137 ]]; then  # what it has done is in its file
+        echo "$step: cut off after ${limit_s[$step]} s"
+    elif [[ $status != 0 ]]; then
+        failed=1
+        tail -5 "$out/log.txt"
+        echo "$step: ended with status $status"
+    fi
     grep "^$step: " "$out/log.txt" | tail -1 || true
 done
 python3 -m tests.gpu.table "$out" | tee "$out/table.md"

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fdiff.bench.measure import synchronise
-from fdiff.config import Config
+from fdiff.config import Config, RuntimeConfig
 from fdiff.federation import Trainer
 
 aten = torch.ops.aten
@@ -124,14 +125,20 @@ def step_work(config: Config) -> list[Work]:
 
     Their bytes are those of the arithmetic in use; Adam's are always those of the parameters.
     """
-    runtime = replace(config.runtime, precision="float32", execution="eager", layout="auto")
-    trainer, data = Trainer(replace(config, runtime=runtime), torch.device("cpu")), config.data
+    work, adam = _count(replace(config, runtime=RuntimeConfig(execution="eager")))
+    width = dtype_of(config.runtime.precision).itemsize / 4
+    return [*(replace(w, bytes=width * w.bytes) for w in work), adam]
+
+
+@lru_cache(maxsize=2)
+def _count(config: Config) -> tuple[list[Work], Work]:
+    """The products of a step in float32, and Adam."""
+    trainer, data = Trainer(config, torch.device("cpu")), config.data
     batch = torch.zeros(config.optim.batch_size, data.channels, data.image_side, data.image_side, dtype=torch.uint8)
     with Counter() as counter:
         trainer.step(batch, torch.zeros(len(batch), dtype=torch.int64))
-    width = dtype_of(config.runtime.precision).itemsize / 4
-    adam = Work(12.0 * len(trainer.buckets.flat), 7.0 * trainer.buckets.flat.nbytes)  # reads 4, writes 3
-    return [*(replace(w, bytes=width * w.bytes) for w in counter.work), adam]
+    flat = trainer.buckets.flat
+    return counter.work, Work(12.0 * len(flat), 7.0 * flat.nbytes)  # Adam reads 4 and writes 3
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -29,6 +29,7 @@ __all__ = ["NOTE", "chosen", "choices", "measure", "run"]
 log = logging.getLogger(__name__)
 
 REPEATS, WARMUP = 5, 2
+PLAIN_REPEATS = 3  # of the plain loop, whose epochs are long
 Choice = dict[str, Any]  # fields of `runtime`, and `batches`: by what the batch is multiplied
 
 # What is most worth knowing first: a call that has little time ends before the last ones.
@@ -92,7 +93,7 @@ def measure(
 def _plain(config: Config, comm: Communicator, device: torch.device) -> list[float]:
     images = STEPS[device.type] * config.optim.batch_size
     with _arithmetic(config), Baseline(config, device, pixels(config, images)) as baseline:
-        taken = in_turns({"plain": lambda: baseline.call("train", 1, 1)}, comm, device, REPEATS, WARMUP)["plain"]
+        taken = in_turns({"plain": lambda: baseline.call("train", 1, 1)}, comm, device, PLAIN_REPEATS)["plain"]
     return [images / s for s in taken]
 
 

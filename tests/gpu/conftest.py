@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fdiff.runtime import allow_tf32
 from tests.gpu.record import NEEDS_GPU
 
 
@@ -32,6 +33,7 @@ def gpu(device: torch.device) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """What a test sets of a process's arithmetic does not reach the next one."""
+    """Each test begins in float32: torch by itself has convolutions in tf32."""
+    allow_tf32(False)
     yield
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    allow_tf32(False)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(record: Record, setting: Setting) -> None:
     """All four while time lasts; two ranks share the GPU for `round`, which one alone has not."""
-    config = paper(setting)
+    config, checkpoint.WIDTHS = paper(setting), (64,)
     if setting.dry:
         checkpoint.WIDTHS, checkpoint.REPEATS = (8,), 2
         scale.CLIENTS, scale.REPEATS = (1, 2, 5), 1
@@ -47,6 +47,7 @@ def run(record: Record, setting: Setting) -> None:
             if record.left_s < 2:
                 record.not_reached[name] = ""
                 continue
+            record.begin(name)
             try:
                 record.add(name, measure())
             except Exception as error:
@@ -64,7 +65,8 @@ def _round(config: Config, setting: Setting, folder: str) -> list[Result]:
     )
     flags = [f"--model.dim={config.model.dim}", f"--model.dim_mults={list(config.model.dim_mults)}"]
     runtime = [f"--runtime.device={setting.device.type}", "--runtime.share_gpu=true", f"--run.dir={folder}/round"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    here = ["--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", *here, script]
     done = subprocess.run(
         [str(word) for word in (*ranks, "bench", "round", "--json", *flags, *runtime)],
         cwd=folder,

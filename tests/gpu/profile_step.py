@@ -72,7 +72,7 @@ def _profiled(config: Config, setting: Setting, steps: int) -> list[Any]:
         trainer.step(images, labels)
     synchronise(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, record_shapes=steps == 1 or setting.dry, with_flops=True) as profiler:
+    with profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
         for _ in range(steps):
             trainer.step(images, labels)
         synchronise(device)
@@ -85,7 +85,7 @@ def _by_kernel(events: list[Any], setting: Setting) -> dict[str, Spent]:
     for event in events:
         if setting.dry:
             _count(spent[event.name], event.self_cpu_time_total, event)
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             _count(spent[event.name], event.self_device_time_total, None)
         for kernel in () if setting.dry else event.kernels:
             _count(spent[kernel.name], 0.0, event, calls=0)

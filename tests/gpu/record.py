@@ -44,6 +44,11 @@ class Record:
         self.facts |= facts
         self.save()
 
+    def begin(self, name: str) -> None:
+        """Note what is under way, in case it is cut off."""
+        self.facts["under_way"] = name
+        self.save()
+
     def skip(self, name: str, why: str = NEEDS_GPU) -> None:
         """Note what this machine can't do."""
         self.skipped[name] = why
@@ -77,6 +82,7 @@ class Record:
     def finish(self) -> int:
         """The last write, and a line; the exit status."""
         self.done = True
+        self.facts.pop("under_way", None)
         self.save()
         counts = {"ran": self.ran, "skipped": self.skipped, "not reached": self.not_reached, "failed": self.failed}
         told = ", ".join(f"{len(what)} {how}" for how, what in counts.items() if what)

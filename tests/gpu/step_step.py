@@ -29,6 +29,7 @@ def run(record: Record, setting: Setting) -> None:
         torch.compile = partial(torch.compile, backend="aot_eager")  # all of a compiler but its minute of C++
         record.skip("captured variants")
     until = time.monotonic() + record.left_s - (0 if setting.dry else LAST_S)
+    record.begin("plain loop")
     for variant, found in variants.measure(config, SoloCommunicator(), setting.device, until):
         name = title(variant)
         if not isinstance(found, str):
@@ -37,4 +38,4 @@ def run(record: Record, setting: Setting) -> None:
             record.not_reached[name] = ""
         else:
             record.failed[name] = found
-        record.save()
+        record.begin(f"what comes after {name}")

@@ -38,7 +38,8 @@ def _row(result: dict[str, Any]) -> str:
 
 
 def _notes(step: dict[str, Any]) -> list[str]:
-    cut = [] if step["done"] else [f"{step['step']}: cut off after {step['seconds']} s"]
+    during = f" during {step['under_way']}" if "under_way" in step else ""
+    cut = [] if step["done"] else [f"{step['step']}: cut off{during}, last heard of after {step['seconds']} s"]
     named = [
         f"{step['step']}: {name}: {how}{f' ({why})' if why else ''}"
         for key, how in (("failed", "FAILED"), ("skipped", "skipped"), ("not_reached", "not reached"))

@@ -34,7 +34,8 @@ def test_clients_hosted_on_one_rank_are_those_on_ranks_that_share_the_device(dev
     hosted = play(config, device, tmp_path / "hosted", monkeypatch)
     spread = replace(config, run=replace(config.run, dir=str(tmp_path / "spread")))
     (tmp_path / "spread.yaml").write_text(json.dumps(to_dict(spread)))  # JSON is YAML
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "fdiff"]
+    here = ["--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}"]
+    job = [sys.executable, "-m", "torch.distributed.run", *here, "-m", "fdiff"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*job, "train", f"--config={tmp_path}/spread.yaml"],

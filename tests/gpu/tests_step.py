@@ -26,6 +26,7 @@ class Noting:
         if self._record.left_s < LAST_S:
             self._record.not_reached[item.name] = ""
             pytest.skip("no time left")
+        self._record.begin(item.name)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("::")[2]

@@ -87,6 +87,7 @@ def compiling(monkeypatch, **choices: str) -> tuple[Config, torch._dynamo.testin
     return replace(CONFIG, model=ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4), runtime=runtime), counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, precision):
     config, counter = compiling(monkeypatch, precision=precision)
@@ -102,6 +103,7 @@ def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, pre
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_models_and_batches_compile_the_sampling_step_once(monkeypatch):
     config, counter = compiling(monkeypatch)
     eager = replace(config, runtime=replace(config.runtime, execution="eager"))
@@ -113,7 +115,8 @@ def test_models_and_batches_compile_the_sampling_step_once(monkeypatch):
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])
 def test_the_step_is_one_graph_to_the_compiler(layout):
     """Without a break, and with a backward pass: what `torch.compile` needs of the model, in the layouts of a GPU."""
-    trainer = Trainer(replace(CONFIG, runtime=RuntimeConfig(layout=layout)), CPU)
+    model = ModelConfig(dim=4, dim_mults=(1, 2), heads=1, head_dim=4)
+    trainer = Trainer(replace(CONFIG, model=model, runtime=RuntimeConfig(layout=layout)), CPU)
     loss = torch.compile(diffusion.loss, backend="aot_eager", fullgraph=True, dynamic=False)
     x, t = torch.randn(4, 1, 16, 16), torch.tensor([0, 3, 500, 999])
     noise = torch.randn(4, 1, 16, 16)
