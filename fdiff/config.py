@@ -159,7 +159,7 @@ class RuntimeConfig:
     """How steps run: op by op, captured into a CUDA graph, or fused by the compiler (and captured on a GPU); `auto`:
     compiled on a GPU (captured without triton), eager on a CPU."""
     layout: Literal["auto", "channels-first", "channels-last"] = "auto"
-    """Memory layout of activations; `auto`: channels last on a CPU, first on a GPU."""
+    """Memory layout of activations; `auto`: channels last on a CPU, first on a GPU and for the compiler."""
     reduction: Literal["fast", "ordered"] = "fast"
     """Sum of the reporters by all-reduce, or in client order: then bit-equal for any number of ranks."""
     partial_sums: Literal["auto", "library", "ring"] = "auto"

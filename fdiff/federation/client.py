@@ -69,7 +69,9 @@ class Trainer:
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
-        self.model.encoder.layout = config.runtime.layout
+        layout, execution = config.runtime.layout, config.runtime.execution
+        by_compiler = layout == "auto" and capture.compiles(device, execution)  # which has ideas of its own
+        self.model.encoder.layout = "channels-first" if by_compiler else layout
         self.buckets = Buckets(self.model, PARTS).to(device, self.dtype)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
@@ -77,7 +79,6 @@ class Trainer:
             self.working["ema"] = self.buckets.flat.clone()
         self._optimizer = self._make_optimizer()
         self._noise = torch.Generator(device)
-        execution = config.runtime.execution
         self._loss = capture.compiled(diffusion.loss, device, execution)
         self._denoiser = capture.compiled(self.model, device, execution)
         self._captures = capture.captures(device, execution)
