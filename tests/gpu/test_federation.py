@@ -39,7 +39,7 @@ def test_clients_hosted_on_one_rank_are_those_on_ranks_that_share_the_device(dev
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*job, "train", f"--config={tmp_path}/spread.yaml"],
-        env=clean_env(PYTHONPATH=path), cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=clean_env(PYTHONPATH=path), cwd=tmp_path, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert largest_difference(arrays(tmp_path / "spread", 2), arrays(hosted, 2)) <= CLOSE
