@@ -50,6 +50,7 @@ MAY_WAIT = {
     "evaluation.features.features_of_source": "the real images go to the device, once",
     "evaluation.features.from_flat": "moments of a model come to the host",
     "evaluation.features.joined": "an evaluation's features come together",
+    "evaluation.metrics.to_flat": "the number of images goes to the device, beside their moments",
     "evaluation.scoring.__init__": "the real features come to the host, once",
     "evaluation.scoring._draw": "a checkpoint's model goes to the device",
     "federation.client._mean_loss": "an epoch's losses come to the host",
@@ -144,7 +145,7 @@ def test_clients_change_places_without_a_wait(monkeypatch):
         watch.waits.clear()
         for client in host.clients * 2:
             host.enter(client)
-        host.adopt()
+        host.adopt_average()
         assert not watch.waits
 
 
@@ -179,4 +180,4 @@ def test_a_planted_mistake_is_found(plant, monkeypatch):
 
 def test_a_planted_wait_is_found(monkeypatch):
     waits = epoch(7, monkeypatch, read_a_number)
-    assert waits - epoch(7, monkeypatch) == Counter({"federation.client._step": 4 + 1})  # steps, and one to warm up
+    assert waits - epoch(7, monkeypatch) == Counter({"federation.client.descend": 3 + 1})  # whole batches, and one to warm up
