@@ -20,6 +20,7 @@ def script(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # a minute and more; each path that it takes has a test of its own
 def test_a_dry_run_does_all_of_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = script(out, "--dry-run")

@@ -17,9 +17,9 @@ from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
-RARE = ("locks",)  # half a minute of standing still for each case
+RARE = ("locks", "slurm")  # half a minute of standing still a case; tests/launch/test_requeue.py signals jobs too
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
-MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
+MORE = {"commits": 12, "ranks": 12, "clients": 8, "damage": 16, "resumes": 18}
 
 
 def inject(name: str, count: int, first: int = 0) -> None:

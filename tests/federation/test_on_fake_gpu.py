@@ -180,4 +180,5 @@ def test_a_planted_mistake_is_found(plant, monkeypatch):
 
 def test_a_planted_wait_is_found(monkeypatch):
     waits = epoch(7, monkeypatch, read_a_number)
-    assert waits - epoch(7, monkeypatch) == Counter({"federation.client.descend": 3 + 1})  # whole batches, and one to warm up
+    steps = {"federation.client.descend": 3 + 1}  # whole batches, and one to warm up
+    assert waits - epoch(7, monkeypatch) == Counter(steps)

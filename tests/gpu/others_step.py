@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fdiff.bench import checkpoint, sample, scale
 from fdiff.bench.measure import Result
@@ -77,6 +77,10 @@ def _round(config: Config, setting: Setting, folder: str) -> list[Result]:
     if done.returncode:
         raise RuntimeError(f"status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     rows = json.loads(done.stdout.strip().splitlines()[-1])["results"]
-    return [
-        Result(r["name"], r["median"], r["spread"], r["bound"], "bound", r["unit"]) for r in rows
-    ]
+    return [_result(row) for row in rows]
+
+
+def _result(row: dict[str, Any]) -> Result:
+    """A row of `--json` as it was: its last value names what it is beside."""
+    kind = "bound" if "bound" in row else "baseline"
+    return Result(row["name"], row["median"], row["spread"], row[kind], kind, row["unit"])

@@ -18,8 +18,9 @@ import torch
 from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.data.pictures import save_grid
-from fdiff.evaluation import Scoring, Wanted, summaries
+from fdiff.evaluation import Scoring, ScoringRequest, summaries
 from fdiff.federation import Federation, open_checkpoint
+from fdiff.federation.sampling import draw_grid
 from fdiff.runtime import Stop, allow_tf32
 from tests.gpu.record import Record
 from tests.gpu.sizes import paper
@@ -45,8 +46,8 @@ def run(record: Record, setting: Setting) -> None:
         try:
             _rounds(federation, record)
             _grid(federation, record)
-            federation.commit()
-            federation.finish_commit()
+            federation.commits.start()
+            federation.commits.finish()
         finally:
             federation.close()
         _scores(config, record, setting, 98 if setting.dry else IMAGES)
@@ -97,12 +98,12 @@ def _rounds(federation: Federation, record: Record) -> None:
         took.append(time.perf_counter() - began)
         record.facts["seconds_of_rounds"] = took
         record.save()
-    images = config.federation.local_epochs * sum(federation.members.images.values())
+    images = config.federation.local_epochs * sum(federation.rank.images.values())
     usual = median(took[1:] or took)
     whole = sum(took) + usual * (config.federation.rounds - len(took))
     record.add(
         f"{len(took)} rounds",
-        images=sum(federation.members.images.values()),
+        images=sum(federation.rank.images.values()),
         images_per_s=images / usual,
         whole_run_s=whole,
         table={
@@ -114,7 +115,7 @@ def _rounds(federation: Federation, record: Record) -> None:
 
 
 def _grid(federation: Federation, record: Record) -> None:
-    images = federation.sample(None)
+    images = draw_grid(federation.rank, federation.votes, None, iter)
     assert images is not None
     save_grid(record.out / "grid.png", images, federation.config.sample.images)
     record.add("grid")
@@ -123,9 +124,8 @@ def _grid(federation: Federation, record: Record) -> None:
 def _scores(config: Config, record: Record, setting: Setting, images: int) -> None:
     """`fd_fmnist` of so many images of each client, by DDIM, each noted as it comes."""
     saved = open_checkpoint(config.run_dir)
-    scoring = Scoring(
-        SoloCommunicator(), torch.device(setting.device), config, Wanted(images=images, metrics=("frechet",)), None
-    )
+    request = ScoringRequest(images=images, metrics=("frechet",))
+    scoring = Scoring(SoloCommunicator(), torch.device(setting.device), config, request, None)
     rows = []
     for done in scoring.score(saved, ema=False):
         rows += done

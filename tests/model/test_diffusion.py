@@ -197,7 +197,7 @@ def test_labels_and_progress_reach_the_model():
     sampler = diffusion.make_sampler(T20, SampleConfig(sampler="ddim", steps=4))
 
     def model(x: Tensor, t: Tensor, given: Tensor | None) -> Tensor:
-        assert given is labels and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        assert torch.equal(given, labels) and x.dtype == torch.float32 and not torch.is_grad_enabled()
         assert t.tolist() == [t[0].item()] * 3
         seen.append(t[0].item())
         return torch.zeros_like(x)
