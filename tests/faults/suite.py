@@ -42,7 +42,7 @@ def mounting() -> str | None:
 
 FAULTS: dict[str, Fault] = {
     "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 8, 200),
-    "ranks": Fault("SIGKILL of a client rank", killing.ranks, 4, 100),
+    "ranks": Fault("SIGKILL of a client rank", killing.ranks, 8, 100),
     "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 3, 24),
     "locks": Fault("a rank holds the interpreter's lock for 30 s", killing.locks, 2, 8),
     "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
@@ -52,7 +52,7 @@ FAULTS: dict[str, Fault] = {
     "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launcher_signals.on_slurm, 2, 10, needs=slurm_cluster.why_not),
     "damage": Fault("damaged checkpoint", damage.files, 16, 104),
     "disks": Fault("disk full or read-only during a commit", failing.disks, 4, 20, needs=mounting),
-    "resumes": Fault("stopped and resumed on other numbers of ranks", resuming.resumes, 6, 96),
+    "resumes": Fault("stopped and resumed on other numbers of ranks", resuming.resumes, 12, 96),
     "configurations": Fault("malformed configuration (fuzzed)", fuzzing.configurations, 25, 100),
     "checkpoints": Fault("mangled checkpoint (fuzzed)", fuzzing.checkpoints, 15, 60),
     "headers": Fault("forged checkpoint header (fuzzed)", fuzzing.headers, 10, 40),
