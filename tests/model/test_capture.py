@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from called_graph import Called, use_called_graphs
+from small_datasets import needs_gpu
 
 from fdiff.config import Config, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig, mini
 from fdiff.data import Shard, open_source
@@ -21,7 +22,6 @@ from fdiff.model.unet import ConvNextBlock
 CPU = torch.device("cpu")
 TINY = ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4)
 CONFIG = replace(mini(), optim=OptimConfig(batch_size=8, ema=0.9))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture

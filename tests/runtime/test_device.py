@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from small_datasets import needs_gpu
 
 from fdiff.comm.base import device_problem
 from fdiff.config import RuntimeConfig
@@ -138,8 +139,6 @@ def test_tf32_only_if_asked(precision: str, torch_settings: None) -> None:
 
 
 # --- a real GPU ------------------------------------------------------------------------------------------------------
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
 
 @needs_gpu
