@@ -18,6 +18,6 @@ elif [[ ${#missing[@]} -gt 0 ]]; then
     echo "not installed, so that the tests that need them skip: ${missing[*]} (as root: apt install ${missing[*]})" >&2
 fi
 
-# Two workers, one for each core of a small machine; tests that share something stay with one of them.
+# Three workers for the two cores of a small machine, because many tests wait; what shares something stays with one.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder "$@"

@@ -129,17 +129,13 @@ class Extractor:
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 images (n, C, H, W) to features (n, feature_dim), float32, on the images' device."""
-        return self._run(images, 0)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """uint8 images (n, C, H, W) to logits (n, classes); UserError without a classifier."""
-        if not self.classifies:
-            raise UserError(f"--extractor: {self.name} has no classifier for labels; use fmnist-cnn")
-        return self._run(images, 1)
+        return self.see(images)[0]
 
     def labels(self, images: Tensor) -> Tensor:
         """uint8 images (n, C, H, W) to labels (n,), int64; UserError without a classifier."""
-        return self.logits(images).argmax(1)
+        if not self.classifies:
+            raise UserError(f"--extractor: {self.name} has no classifier for labels; use fmnist-cnn")
+        return self.see(images)[1]
 
     def check_shape(self, channels: int, height: int, width: int) -> None:
         """UserError unless images of this shape can be scored; callable before any image exists."""
@@ -155,22 +151,29 @@ class Extractor:
         return facts if side == self.side else facts | {"resized_from": side}
 
     @torch.no_grad()
-    def _run(self, images: Tensor, output: int) -> Tensor:
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (n, C, H, W) to features and labels in one pass; labels are (0,) without a classifier."""
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise UserError(f"images: uint8 (n, C, H, W) expected, got {images.dtype} {tuple(images.shape)}")
         self.check_shape(*images.shape[1:])
         self.network.to(images.device)
-        rows = [self._one_batch(chunk, output) for chunk in images.split(self.batch_size) if len(chunk)]
-        return torch.cat(rows) if rows else torch.empty(0, self.feature_dim, device=images.device)
+        features = [torch.empty(0, self.feature_dim, device=images.device)]
+        labels = [torch.empty(0, dtype=torch.int64, device=images.device)]
+        for chunk in images.split(self.batch_size) if len(images) else ():
+            seen, logits = self._one_batch(chunk)
+            features.append(seen[: len(chunk)])
+            if logits is not None:
+                labels.append(logits[: len(chunk)].argmax(1))
+        return torch.cat(features), torch.cat(labels)
 
-    def _one_batch(self, images: Tensor, output: int) -> Tensor:
+    def _one_batch(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         missing = self.batch_size - len(images)
         batch = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
         cudnn = torch.backends.cudnn
         # full float32 whatever the training's precision, so that scores agree between machines
         exact = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):
-            return self.network(self.prepare(batch))[output][: len(images)]
+            return self.network(self.prepare(batch))
 
 
 def to_extractor_input(images: Tensor) -> Tensor:
@@ -231,7 +234,7 @@ def _fmnist_extractor(path: Path, device: str) -> Extractor:
         feature_dim=FMNIST_TEXTURE + FMNIST_EMBEDDED,
         channels=(1,),
         side=FMNIST_SIDE,
-        batch_size=256,
+        batch_size=64,
         prepare=to_extractor_input,
         network=network.to(device).eval().requires_grad_(False),
     )

@@ -40,9 +40,7 @@ class ImageFeatures:
     @staticmethod
     def of(extractor: Extractor, images: Tensor) -> ImageFeatures:
         """What it sees of uint8 images (n, C, S, S), on their device."""
-        features = extractor.features(images)
-        labels = extractor.labels(images) if extractor.classifies else features.new_zeros(0, dtype=torch.int64)
-        return ImageFeatures(features, labels)
+        return ImageFeatures(*extractor.see(images))
 
     @staticmethod
     def joined(parts: Iterable[ImageFeatures], extractor: Extractor, device: torch.device) -> ImageFeatures:

@@ -242,9 +242,11 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         half = dim // 2
-        # Computed in float64 and kept out of the state: the same on every device, and a constant to a compiler.
-        steps = torch.arange(half, dtype=torch.float64) / max(half - 1, 1)
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * steps), persistent=False)
+        # Computed in float64 and kept out of the state: the same on every device, and a constant to a compiler. On
+        # the CPU first: on the meta device this arithmetic would have torch import its compiler, for over a second.
+        steps = torch.arange(half, dtype=torch.float64, device="cpu") / max(half - 1, 1)
+        frequencies = torch.exp(-math.log(10_000) * steps).to(torch.get_default_device())
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * self.frequencies[None, :]

@@ -35,12 +35,13 @@ from fdiff.federation.forecast import forecast_run
 from fdiff.federation.snapshot import open_checkpoint
 
 CPU = torch.device("cpu")
-MORE = "--data.test_limit 128 --run.keep_checkpoints 3 --sample.every 0 --sample.batch_size 10".split()
+IMAGES = 98  # of a model, and real ones: one more than features, and one
+MORE = f"--data.test_limit {IMAGES} --run.keep_checkpoints 2 --sample.every 0 --sample.batch_size 10".split()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, request) -> Path:
-    """FULL and UDEC with a moving average: four clients, three rounds, all three checkpoints kept; and odd ones."""
+    """FULL and UDEC with a moving average: four clients, three rounds, the last two checkpoints kept; and odd ones."""
     folder = tmp_path_factory.mktemp("runs")
     write_silos(folder)
     two = ["--federation.clients", 2, "--federation.rounds", 1]
@@ -60,18 +61,18 @@ def runs(tmp_path_factory, request) -> Path:
 
 
 def write_silos(folder: Path) -> None:
-    """Two clients' own files, 64 images to train on and 60 and 68 to be held against: site-0.h5, site-1.h5."""
-    train, test = (open_source(DataConfig(image_side=8, limit=128, test_limit=128), s) for s in ("train", "test"))
-    for client, cuts in enumerate([(slice(64), slice(60)), (slice(64, 128), slice(60, 128))]):
+    """Two clients' own files, 64 images to train on and 48 and 50 to be held against: site-0.h5, site-1.h5."""
+    train, test = (open_source(DataConfig(image_side=8, limit=128, test_limit=IMAGES), s) for s in ("train", "test"))
+    for client, cuts in enumerate([(slice(64), slice(48)), (slice(64, 128), slice(48, IMAGES))]):
         with h5py.File(folder / f"site-{client}.h5", "w") as file:
             for prefix, source, cut in zip(("", "test_"), (train, test), cuts, strict=True):
-                chosen = np.arange(128)[cut]
+                chosen = np.arange(len(source.labels))[cut]
                 file[f"{prefix}images"] = source.images(chosen).numpy()[:, 0]
                 file[f"{prefix}labels"] = source.labels[chosen]
 
 
 def score(comm: Communicator, run: Path, cache: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A rank's rows and what it sent, of 128 images a model with all metrics; the moving average of the global one."""
+    """A rank's rows and what it sent, of all images a model with all metrics; the moving average of the global one."""
     saved = open_checkpoint(run)
     config = replace(saved.config, runtime=RuntimeConfig(threads=1))
     scoring = Scoring(comm, CPU, config, ScoringRequest(), cache)
@@ -101,7 +102,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks_and_only_statistics_travel(
         [(None, False), (None, True)] if method == "full" else [(c, False) for c in range(4)]
     )
     assert sent == {}
-    for ranks in (2, 4):
+    for ranks in (2, 4) if method == "full" else (4,):
         results = run_ranks(OnEveryRank(runs / method, tmp_path), ranks, tmp_path, timeout_s=240, patience_s=120)
         spread, ledgers = results[0][0], [ledger for _, ledger in results]
         assert all(not found for found, _ in results[1:])
@@ -111,7 +112,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks_and_only_statistics_travel(
             numbers = {name: value for name, value in one["scores"].items() if name != "missing_classes"}
             assert other["scores"] == pytest.approx(numbers, rel=1e-6, abs=1e-6)
         # Nothing but sums of moments (1 + D + D² + 10 numbers: the real split's, and of each model), and features of
-        # the 128 images of each model that were drawn elsewhere than on rank 0.
+        # the images of each model that were drawn elsewhere than on rank 0.
         assert all(set(ledger) == {"statistics"} for ledger in ledgers)
         models, moments, drawn = len(alone), 8 * (10 + 1 + 96 + 96**2), elsewhere(method, ranks)
         expected = (1 + models) * 2 * (ranks - 1) * moments + models * drawn * 96 * 4
@@ -119,10 +120,10 @@ def test_scores_do_not_depend_on_the_number_of_ranks_and_only_statistics_travel(
 
 
 def elsewhere(method: str, ranks: int) -> float:
-    """Images of a model, in the mean over the models, that another rank than 0 draws: 12 batches of 10, one of 8."""
+    """Images of a model, in the mean over the models, that another rank than 0 draws: 9 batches of 10, one of 8."""
     if method == "udec":
-        return 128 * (ranks - 1) / ranks
-    sizes = [10] * 12 + [8]
+        return IMAGES * (ranks - 1) / ranks
+    sizes = [10] * 9 + [8]
     return sum(size for i, size in enumerate(sizes) if i % ranks)
 
 
@@ -132,9 +133,9 @@ def test_the_command_prints_and_keeps_every_score_with_its_facts(runs, monkeypat
     ranks = on_ranks(2, "evaluate", "udec", "--runtime.threads", 1, "--json", "--all_rounds", cwd=runs)
     assert not any("images/s" in rank.check().err for rank in ranks)  # nobody watches
     objects = [json.loads(line) for rank in ranks for line in rank.out.splitlines()]
-    assert [o["round"] for o in objects] == [1, 2, 3]
+    assert [o["round"] for o in objects] == [2, 3]
     last = objects[-1]
-    assert (last["n"], last["n_real"], last["extractor"], last["resized_from"]) == (128, 128, "fmnist-cnn", 8)
+    assert (last["n"], last["n_real"], last["extractor"], last["resized_from"]) == (IMAGES, IMAGES, "fmnist-cnn", 8)
     assert "test split" in last["split"] and len(last["checksum"]) == 64
     assert [(row["client"], row["ema"]) for row in last["scores"]] == [(c, e) for e in (False, True) for c in range(4)]
     assert "fid" not in last["scores"][0]
@@ -150,7 +151,7 @@ def test_the_command_prints_and_keeps_every_score_with_its_facts(runs, monkeypat
 
     log = rows(runs / "udec", "scores")
     assert [(r["round"], r["ema"], r["client"]) for r in log] == [
-        (r, ema, c) for r in (1, 2, 3) for ema in (False, True) for c in range(4)
+        (r, ema, c) for r in (2, 3) for ema in (False, True) for c in range(4)
     ]
     assert log[-1]["scores"]["fd_fmnist"] == pytest.approx(last["scores"][-1]["fd_fmnist"])
     assert list((tmp_path / "fdiff" / "features").glob("fmnist-cnn-*.safetensors"))  # the real split, for next time
@@ -229,7 +230,7 @@ def test_private_silos_are_held_against_their_own_test_images(runs, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     request = ["evaluate", "private", "--runtime.threads", 1, "--json"]
     alone, both = (json.loads(in_turn(ranks, [request], runs)[0][0].check().out) for ranks in (1, 2))
-    assert both["n_real"] == 128 and both["split"] == "test split of each client"
+    assert both["n_real"] == IMAGES and both["split"] == "test split of each client"
     assert [set(row) for row in both["scores"]] == [
         {"client", "ema", "fd_fmnist", "total_variation", "missing_classes"}
     ] * 2

@@ -42,11 +42,11 @@ def mounting() -> str | None:
 
 FAULTS: dict[str, Fault] = {
     "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 8, 200),
-    "ranks": Fault("SIGKILL of a client rank", killing.ranks, 8, 100),
-    "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 3, 24),
+    "ranks": Fault("SIGKILL of a client rank", killing.ranks, 4, 100),
+    "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 2, 24),
     "locks": Fault("a rank holds the interpreter's lock for 30 s", killing.locks, 2, 8),
     "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
-    "stopped": Fault("SIGSTOP of one rank", killing.stopped, 2, 20),
+    "stopped": Fault("SIGSTOP of one rank", killing.stopped, 1, 20),
     "signals": Fault("SIGTERM or SIGUSR2 at a random time", killing.signals, 4, 24),
     "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launcher_signals.torchrun, 2, 40),
     "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launcher_signals.on_slurm, 2, 10, needs=slurm_cluster.why_not),

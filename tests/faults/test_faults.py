@@ -19,7 +19,7 @@ from fdiff.checkpoint.file import read_file
 
 RARE = ("locks", "slurm")  # half a minute of standing still a case; tests/launch/test_requeue.py signals jobs too
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
-MORE = {"commits": 12, "ranks": 8, "clients": 8, "damage": 16, "resumes": 12}
+MORE = {"commits": 12, "ranks": 12, "segfaults": 4, "stopped": 3, "clients": 8, "damage": 16, "resumes": 12}
 
 
 def inject(name: str, count: int, first: int = 0) -> None:

@@ -60,6 +60,7 @@ MAY_WAIT = {
     "federation.host.shared_range": "a moving average comes back",
     "federation.snapshot._complete_copies": "a checkpoint's copies are complete",
     "federation.snapshot._fill": "a checkpoint's values go to the device",
+    "model.unet.__init__": "the frequencies of the timesteps go to the device, once",
     "model.diffusion.make_schedule": "the schedule goes to the device, once",
     "model.diffusion.__init__": "the table of steps goes to the device, once for all batches of a size",
 }

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 AT = TINY.index("--federation.rounds")
 ORDERED = ("--runtime.reduction", "ordered", "--runtime.timeout_s", "120")
 COMMON = (*TINY[:AT], *TINY[AT + 2 :], "--sample.every", "0", *ORDERED)
-ROUNDS, ENDLESS = 30, 5000
+ROUNDS, ENDLESS = 20, 5000
 PATIENCE_S = 400.0
 TEMPLATES = ROOT / "slurm"
 
@@ -64,65 +64,72 @@ def uninterrupted(tmp_path_factory) -> Iterator[Job]:
         yield job
 
 
+# Slurm tells the jobs to stop by the same signals when their time is up, a minute or more later, as when it is asked to.
+RARELY = {"time limit": pytest.mark.rare, "requeued by hand": pytest.mark.rare}
+NAMES = ("time limit", "requeued by hand", "array", "submitted", "array, other task")
+JOBS = [pytest.param(name, marks=RARELY.get(name, ())) for name in NAMES]
+INTERRUPTED = JOBS[:-1]
+RUNS = {
+    "time limit": "time-limit",
+    "requeued by hand": "by-hand",
+    "submitted": "submitted",
+    "array": "runs/slurm-{}/full-seed0",
+    "array, other task": "runs/slurm-{}/udec-seed1",
+}
+INTERRUPTIONS = {
+    "requeued by hand": ["scontrol", "requeue"],
+    "array": ["scancel", "--signal=USR2"],
+    "submitted": ["scancel", "--signal=TERM"],
+}
+
+
 @pytest.fixture(scope="module")
-def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory) -> dict[str, Ended]:
+def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory, request) -> dict[str, Ended]:
     """Every job, interrupted in its own way once it has trained a little, and waited for."""
     cluster, folder = slurm_cluster, tmp_path_factory.mktemp("requeue")
     rounds_of_limited = folder / "rounds.yaml"
     rounds_of_limited.write_text(f"federation: {{rounds: {ENDLESS}}}")
     one, short = "--ntasks-per-node=1", flags(ROUNDS)
-    limited = [*COMMON, "--config", "rounds.yaml", "--run.dir", "time-limit"]
-    by_hand, submitted = [*short, "--run.dir", "by-hand"], [*short, "--run.dir", "submitted"]
-    minute = ("--ntasks-per-node=2", "--time=1", "--signal=USR2@45")
-    jobs = {
-        "time limit": template(cluster, folder, "one_node", *minute, flags=limited),
-        "requeued by hand": template(cluster, folder, "multi_node", one, "--cpus-per-task=1", flags=by_hand),
-        "array": template(cluster, folder, "array", one, "--array=0,7", flags=short),
-        "submitted": submit(cluster, folder, "--nodes", "2", *submitted, "--comment", "a test", "--time", "30"),
-    }
-    array = f"runs/slurm-{jobs['array']}"
-    jobs["array"], jobs["array, other task"] = f"{jobs['array']}_0", f"{jobs['array']}_7"
-    runs = {
-        "time limit": "time-limit",
-        "requeued by hand": "by-hand",
-        "submitted": "submitted",
-        "array": f"{array}/full-seed0",
-        "array, other task": f"{array}/udec-seed1",
-    }
-    interruptions = {
-        "requeued by hand": ["scontrol", "requeue"],
-        "array": ["scancel", "--signal=USR2"],
-        "submitted": ["scancel", "--signal=TERM"],
-    }
+    array = template(cluster, folder, "array", one, "--array=0,7", flags=short)
+    submitted = [*short, "--run.dir", "submitted", "--comment", "a test", "--time", "30"]
+    jobs = {"array": f"{array}_0", "array, other task": f"{array}_7"}
+    jobs["submitted"] = submit(cluster, folder, "--nodes", "2", *submitted)
+    if request.config.getoption("--all"):
+        limited = [*COMMON, "--config", "rounds.yaml", "--run.dir", "time-limit"]
+        minute = ("--ntasks-per-node=2", "--time=1", "--signal=USR2@45")
+        jobs["time limit"] = template(cluster, folder, "one_node", *minute, flags=limited)
+        by_hand = [*short, "--run.dir", "by-hand"]
+        jobs["requeued by hand"] = template(cluster, folder, "multi_node", one, "--cpus-per-task=1", flags=by_hand)
+    runs = {name: folder / RUNS[name].format(array) for name in jobs}
+    left = {name: INTERRUPTIONS[name] for name in jobs if name in INTERRUPTIONS}
 
     def interrupt_those_that_train() -> bool:
-        for name in [n for n in interruptions if rounds(folder / runs[n]) >= 2]:
-            run(cluster, [*interruptions.pop(name), jobs[name]])
-        return not interruptions
+        for name in [n for n in left if rounds(runs[n]) >= 2]:
+            run(cluster, [*left.pop(name), jobs[name]])
+        return not left
 
     wait_for(interrupt_those_that_train, PATIENCE_S, "two rounds of every job")
+    enough = dict.fromkeys(jobs, ROUNDS)
+    if "time limit" in jobs:
 
-    def time_is_up() -> bool:  # on a busy machine perhaps before the first round: then it starts, and stops, again
-        waits = job_fields(cluster, jobs["time limit"])["JobState"] == "PENDING"
-        return waits and rounds(folder / "time-limit") > 0
+        def time_is_up() -> bool:  # on a busy machine perhaps before the first round: then it starts, and stops, again
+            waits = job_fields(cluster, jobs["time limit"])["JobState"] == "PENDING"
+            return waits and rounds(runs["time limit"]) > 0
 
-    wait_for(time_is_up, PATIENCE_S, "the time limit")
-    enough = rounds(folder / "time-limit") + 5
-    rounds_of_limited.write_text(f"federation: {{rounds: {enough}}}")
-    run(cluster, ["scontrol", "update", f"JobId={jobs['time limit']}", "TimeLimit=60"])
+        wait_for(time_is_up, PATIENCE_S, "the time limit")
+        enough["time limit"] = rounds(runs["time limit"]) + 5
+        rounds_of_limited.write_text(f"federation: {{rounds: {enough['time limit']}}}")
+        run(cluster, ["scontrol", "update", f"JobId={jobs['time limit']}", "TimeLimit=60"])
     found = {}
     for name, job in jobs.items():
         fields = wait_for_job(cluster, job, timeout_s=PATIENCE_S)
         logs = [*folder.glob(f"slurm-{job}.out"), *folder.glob(f"runs/submitit/{job}_*_log.out")]
         printed = "\n".join(log.read_text() for log in logs)
-        found[name] = Ended(fields, folder / runs[name], printed, enough if name == "time limit" else ROUNDS)
+        found[name] = Ended(fields, runs[name], printed, enough[name])
     return found
 
 
-INTERRUPTED = ("time limit", "requeued by hand", "array", "submitted")
-
-
-@pytest.mark.parametrize("name", [*INTERRUPTED, "array, other task"])
+@pytest.mark.parametrize("name", JOBS)
 def test_every_job_completes_with_a_checkpoint(ended, name):
     job = ended[name]
     assert job.fields["JobState"] == "COMPLETED", job.printed
