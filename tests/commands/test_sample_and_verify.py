@@ -29,7 +29,8 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory) -> Path:
     """Runs `full` and `udec` with a moving average, and samples of them drawn on one, two and four ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    trained = [["train", *TINY, "--method", m, "--optim.ema", "0.9", "--run.dir", m] for m in ("full", "udec")]
+    short = ["--diffusion.timesteps", "40"]  # of which DDPM takes every one
+    trained = [["train", *TINY, *short, "--method", m, "--optim.ema", "0.9", "--run.dir", m] for m in ("full", "udec")]
     trained += [["train", *TINY, "--federation.rounds", "1", "--run.dir", "plain"]]
     common = ["--images", "7", "--batch_size", "2", "--runtime.threads", "1"]
     for ranks in (1, 2, 4):

@@ -1,4 +1,7 @@
-"""The same job under every launcher: the same weights, and all ranks gone soon after one is lost."""
+"""The same job under every launcher: the same weights, and all ranks gone soon after one is lost.
+
+One job a launcher shows both: it trains on until a rank is killed, and its first rounds are those of any other job.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,47 +21,10 @@ from PIL import Image
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RANKS = 2  # of four clients; srun has four, on two nodes
-MODES = {"ordered": ("--runtime.reduction", "ordered"), "fast": ("--runtime.reduction", "fast")}
+KEPT = "--sample.every 0 --run.keep_checkpoints 5000"  # every checkpoint that a job makes before it is ended
+ENDLESS = [*TINY, "--federation.rounds", "5000", *KEPT.split(), "--runtime.timeout_s", "60"]
 PATIENCE_S = 180.0  # for a job to start and to end on a machine with other things to do
 
-
-# --- the same numbers ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict[str, np.ndarray]:
-    """The weights of `fdiff train` without a launcher, in ordered reduction."""
-    folder = tmp_path_factory.mktemp("alone")
-    fdiff("train", *TINY, *MODES["ordered"], "--run.dir", "run", cwd=folder).check()
-    return arrays(folder / "run", 3)
-
-
-def trained(name: str, mode: str, request: pytest.FixtureRequest, folder: Path) -> dict[str, np.ndarray]:
-    """The weights of a job under a launcher."""
-    launcher, ranks = LAUNCHERS[name], 4 if name == "srun" else RANKS
-    flags = [*TINY, *MODES[mode], "--runtime.timeout_s", "120"]
-    words = launcher.words(ranks, "train", *flags, "--run.dir", "run")
-    with started(words, folder, environment(launcher, request)) as job:
-        assert job.wait(PATIENCE_S) == 0, job.printed
-        assert job.printed.count("round 3/3  loss") == 1  # one federation, not one for each rank
-    return arrays(folder / "run", 3)
-
-
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_weights_are_the_same_under_every_launcher(name, alone, request, tmp_path):
-    """Bit-equal, in ordered reduction."""
-    found = trained(name, "ordered", request, tmp_path)
-    assert found.keys() == alone.keys() and alone
-    assert all(np.array_equal(found[array], alone[array]) for array in alone)
-
-
-@pytest.mark.rare  # a launcher has no part in how sums are made: tests/federation/test_rounds.py has fast against alone
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_in_fast_reduction_the_weights_are_all_but_the_same(name, alone, request, tmp_path):
-    assert largest_difference(trained(name, "fast", request, tmp_path), alone) <= 1e-6
-
-
-# --- one rank is lost ----------------------------------------------------------------------------------------------
 
 SECONDS, HALF_A_MINUTE = 20.0, 45.0  # as the README has it, on a machine with other things to do
 GONE_S = dict.fromkeys(LAUNCHERS, SECONDS) | dict.fromkeys(("torchrun", "srun", "submitit-slurm"), HALF_A_MINUTE)
@@ -96,7 +62,7 @@ NAMES_RANK_1 = {
 def lose_rank_1(job: Job, variable: str, how: str) -> int:
     """Once the job has trained a little; the process id of the rank."""
     run = job.folder / "run"
-    wait_for(lambda: rounds(run) >= 2 or job.process.poll() is not None, PATIENCE_S, "two rounds")
+    wait_for(lambda: rounds(run) >= 3 or job.process.poll() is not None, PATIENCE_S, "three rounds")
     ranks = trainers(job.folder, variable)
     assert {"0", "1"} <= ranks.keys(), job.printed
     if how == "killed":
@@ -114,29 +80,74 @@ def seconds_until_all_are_gone(job: Job) -> float:
     return time.monotonic() - began
 
 
+# --- a job, and how it ends ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A job that has lost rank 1: what its checkpoint of round 2 held before, and how it ended."""
+
+    name: str
+    how: str
+    weights: dict[str, np.ndarray]
+    pid: int
+    seconds: float
+    status: int
+    printed: str
+    setting: dict
+
+
 # To exit is the gentler way to be lost: what a launcher does about it is what it does about a kill, in other words.
-HOW = ["killed", pytest.param("exits", marks=pytest.mark.rare)]
+# A launcher has no part in how sums are made: tests/federation/test_rounds.py has fast against ordered reduction.
+LOST = [
+    *((name, "killed", "ordered") for name in LAUNCHERS),
+    *(pytest.param((name, "exits", "fast"), marks=pytest.mark.rare) for name in LAUNCHERS),
+]
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-@pytest.mark.parametrize("how", HOW)
-def test_a_lost_rank_takes_all_others_along(name, how, request, tmp_path):
-    launcher = LAUNCHERS[name]
-    (tmp_path / "sitecustomize.py").write_text(EXITING)
-    env = environment(launcher, request) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    flags = [*TINY, "--federation.rounds", "5000", "--sample.every", "0", "--runtime.timeout_s", "60"]
-    words = launcher.words(RANKS, "train", *flags, "--run.dir", "run")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, np.ndarray]:
+    """The weights of `fdiff train` without a launcher, after two rounds, in ordered reduction."""
+    folder = tmp_path_factory.mktemp("alone")
+    fdiff("train", *ENDLESS, "--federation.rounds", 2, "--runtime.reduction", "ordered", "--run.dir", "run", cwd=folder)
+    return arrays(folder / "run", 2)
+
+
+@pytest.fixture(scope="module", params=LOST, ids=lambda case: f"{case[0]}-{case[1]}")
+def lost(request, tmp_path_factory) -> Lost:
+    """A job under a launcher that has lost a rank."""
+    name, how, reduction = request.param
+    launcher, folder = LAUNCHERS[name], tmp_path_factory.mktemp(name)
+    (folder / "sitecustomize.py").write_text(EXITING)
+    env = environment(launcher, request) | {"PYTHONPATH": f"{folder}:{ROOT}"}
+    ranks = 4 if name == "srun" else RANKS
+    words = launcher.words(ranks, "train", *ENDLESS, "--runtime.reduction", reduction, "--run.dir", "run")
     if name == "mpich":  # of a rank that exits it says nothing by itself
         words.insert(1, "-print-all-exitcodes")
-    with started(words, tmp_path / "job", env) as job:
+    with started(words, folder / "job", env) as job:
         pid = lose_rank_1(job, launcher.rank_variable, how)
-        seconds = seconds_until_all_are_gone(job)
-        status = job.wait(60)
-    print(f"{name}: all gone {seconds:.1f} s after rank 1 {how}, status {status}")
-    assert seconds < GONE_S[name] and status != 0
-    assert json.loads((job.folder / "run" / "setting.json").read_text())["ranks"][1]["pid"] == pid
-    assert re.search(NAMES_RANK_1[how][name].replace("{pid}", str(pid)), job.printed), job.printed
-    assert len(re.findall(r"^.*fdiff: error:.*rank", job.printed, re.M)) <= 1, job.printed
+        seconds, status = seconds_until_all_are_gone(job), job.wait(60)
+        run = job.folder / "run"
+        setting = json.loads((run / "setting.json").read_text())
+        return Lost(name, how, arrays(run, 2), pid, seconds, status, job.printed, setting)
+
+
+def test_the_weights_are_the_same_under_every_launcher(lost, alone):
+    """Bit-equal in ordered reduction, in fast all but."""
+    assert lost.printed.count("round 2/5000  loss") == 1  # one federation, not one for each rank
+    if lost.how == "exits":
+        assert largest_difference(lost.weights, alone) <= 1e-6
+        return
+    assert lost.weights.keys() == alone.keys() and alone
+    assert all(np.array_equal(lost.weights[array], alone[array]) for array in alone)
+
+
+def test_a_lost_rank_takes_all_others_along(lost):
+    print(f"{lost.name}: all gone {lost.seconds:.1f} s after rank 1 {lost.how}, status {lost.status}")
+    assert lost.seconds < GONE_S[lost.name] and lost.status != 0
+    assert lost.setting["ranks"][1]["pid"] == lost.pid
+    assert re.search(NAMES_RANK_1[lost.how][lost.name].replace("{pid}", str(lost.pid)), lost.printed), lost.printed
+    assert len(re.findall(r"^.*fdiff: error:.*rank", lost.printed, re.M)) <= 1, lost.printed
 
 
 # Who started a rank has no part in what it says: one launcher for each communicator, and one of several nodes.

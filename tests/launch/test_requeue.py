@@ -64,7 +64,7 @@ def uninterrupted(tmp_path_factory) -> Iterator[Job]:
         yield job
 
 
-# Slurm tells the jobs to stop by the same signals when their time is up, a minute or more later, as when it is asked to.
+# Slurm tells jobs to stop by the same signals when their time is up, a minute or more later, as when it is asked to.
 RARELY = {"time limit": pytest.mark.rare, "requeued by hand": pytest.mark.rare}
 NAMES = ("time limit", "requeued by hand", "array", "submitted", "array, other task")
 JOBS = [pytest.param(name, marks=RARELY.get(name, ())) for name in NAMES]
