@@ -41,7 +41,7 @@ def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None
     [
         ("torchrun", "gloo", 2),
         ("openmpi", "mpi", 2),
-        ("mpich", "mpi", 2),
+        pytest.param("mpich", "mpi", 2, marks=pytest.mark.rare),  # another library, the same table
         ("srun", "gloo", 3),
     ],
 )

@@ -211,6 +211,7 @@ def test_an_array_trains_each_configuration(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # what requeues is the same as on Slurm: tests/launch/test_requeue.py
 def test_the_local_job_requeues_itself_and_goes_on(tmp_path):
     flags = [*TINY, "--federation.rounds", "30", "--sample.every", "0", "--runtime.reduction", "ordered"]
     fdiff("train", *flags, "--run.dir", "whole", cwd=tmp_path).check()

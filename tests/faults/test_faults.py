@@ -17,7 +17,9 @@ from faults.processes import Job
 from faults.suite import FAULTS, Fault, run
 from fdiff.checkpoint.file import read_file
 
-RARE = ("locks", "slurm")  # half a minute of standing still a case; tests/launch/test_requeue.py signals jobs too
+# Half a minute and more each, of what other modules show in fewer cases: tests/launch/test_requeue.py and
+# tests/federation/test_resume.py signal jobs of launchers, and resume them on other numbers of ranks.
+RARE = ("locks", "slurm", "torchrun", "resumes")
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
 MORE = {"commits": 12, "ranks": 12, "segfaults": 4, "stopped": 3, "clients": 8, "damage": 16, "resumes": 12}
 

@@ -112,7 +112,7 @@ def test_a_client_that_is_not_selected_keeps_its_private_parts(jobs):
 
 
 def test_the_log_holds_every_round_and_client(jobs):
-    run = jobs / "usplit-fast-2"
+    run = jobs / "usplit-fast-4"
     assert [row["round"] for row in rows(run)] == [1, 2, 3]
     clients = rows(run, "clients")
     assert [(row["round"], row["client"]) for row in clients] == [(r, c) for r in (1, 2, 3) for c in range(4)]

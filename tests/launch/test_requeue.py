@@ -170,6 +170,7 @@ def test_a_cancelled_job_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path)
     assert "fdiff: rank" not in printed  # it was told to end
 
 
+@pytest.mark.rare  # tests/launch/test_slurm_cluster.py has the bound of the templates, which count alike
 def test_the_number_of_requeues_is_bounded(slurm_cluster: Cluster, tmp_path: Path) -> None:
     job = submit(slurm_cluster, tmp_path, "--max_requeues", "0", *flags(ENDLESS, "--run.dir", "run"))
     wait_for(lambda: rounds(tmp_path / "run") >= 1, PATIENCE_S, "a round")

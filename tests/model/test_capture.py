@@ -90,7 +90,7 @@ def compiling(monkeypatch, **choices: str) -> tuple[Config, torch._dynamo.testin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.rare)])  # one graph either way
 def test_rounds_clients_and_short_batches_compile_the_step_once(monkeypatch, precision):
     config, counter = compiling(monkeypatch, precision=precision)
     trainer = Trainer(replace(config, federation=replace(config.federation, local_epochs=1)), CPU)
