@@ -21,6 +21,7 @@ from pathlib import Path
 from warm_server import PROCESSES
 
 AT_ONCE = threading.RLock()  # two threads that ask after one process would take its exit status from each other
+DICE = random.SystemRandom()  # hypothesis has all workers throw the same numbers with the other one
 PATIENCE_S = 10.0  # a loader's worker looks for its parent every 5 s
 LAUNCHERS = ("SLURM_", "SRUN_", "SBATCH_", "OMPI_", "PMI", "PMIX_", "MPI_", "MASTER_", "TORCHELASTIC_", "SUBMITIT_")
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "ROLE_RANK")
@@ -115,7 +116,7 @@ def free_port() -> int:
     """A port of the loopback address that nobody has, and that the kernel gives to nobody before it is used."""
     first, last = (int(n) for n in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     while True:
-        port = random.randrange(10_000, first) if first > 20_000 else random.randrange(last, 65_536)
+        port = DICE.randrange(10_000, first) if first > 20_000 else DICE.randrange(last, 65_536)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

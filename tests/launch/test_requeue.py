@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 AT = TINY.index("--federation.rounds")
 ORDERED = ("--runtime.reduction", "ordered", "--runtime.timeout_s", "120")
 COMMON = (*TINY[:AT], *TINY[AT + 2 :], "--sample.every", "0", *ORDERED)
-ROUNDS, ENDLESS = 20, 5000
+ROUNDS, ENDLESS = 60, 5000
 PATIENCE_S = 400.0
 TEMPLATES = ROOT / "slurm"
 
