@@ -109,7 +109,7 @@ def locks(row: Row, cases: range, folder: Path) -> None:
         more = () if patient else ("--runtime.timeout_s", TIMEOUT_S)
         fault = partial(injections.hold_in_round, 2, HELD_S, victim=victim, hold=injections.hold_the_lock)
         job = Job(train(run.name, METHODS[i // 2 % 4], 3, *more), 4, folder, fault)
-        _until(job, lambda job=job: (job.cwd / "held").exists())
+        _until(job, lambda job=job: (folder / "held").exists())
         began = time.monotonic()
         ended = job.wait(HELD_S + START_S)
         (folder / "held").unlink()
