@@ -24,7 +24,7 @@ def run(record: Record, setting: Setting) -> None:
     """All variants that there is time for."""
     config = paper(setting)
     if setting.dry:
-        variants.REPEATS, variants.WARMUP = 2, 1
+        variants.REPEATS, variants.WARMUP, variants.PLAIN_REPEATS, roofline.REPEATS = 2, 1, 1, 1
         roofline.MATRICES, roofline.COPIES = {"cpu": (256,)}, {"cpu": (1 << 20,)}
         torch.compile = partial(torch.compile, backend="aot_eager")  # all of a compiler but its minute of C++
         record.skip("captured variants")

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import arrays, clean_env, largest_difference, rows
+from forked_jobs import environment as rank_environment
+from forked_jobs import free_port
+from jobs import arrays, largest_difference, rows
 
 from fdiff import load_model
 from fdiff.comm.torch_dist import TorchCommunicator
@@ -34,14 +36,17 @@ def test_clients_hosted_on_one_rank_are_those_on_ranks_that_share_the_device(dev
     hosted = play(config, device, tmp_path / "hosted", monkeypatch)
     spread = replace(config, run=replace(config.run, dir=str(tmp_path / "spread")))
     (tmp_path / "spread.yaml").write_text(json.dumps(to_dict(spread)))  # JSON is YAML
-    here = ["--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}"]
-    job = [sys.executable, "-m", "torch.distributed.run", *here, "-m", "fdiff"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*job, "train", f"--config={tmp_path}/spread.yaml"],
-        env=clean_env(PYTHONPATH=path), cwd=tmp_path, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    path, port = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), free_port()
+    job = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fdiff", "train", f"--config={tmp_path}/spread.yaml"],
+            env=rank_environment(rank, ranks, port) | {"PYTHONPATH": path}, cwd=tmp_path,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for rank in range(ranks)
+    ]
+    said = [rank.communicate(timeout=180)[1] for rank in job]
+    assert [rank.returncode for rank in job] == [0] * ranks, said
     assert largest_difference(arrays(tmp_path / "spread", 2), arrays(hosted, 2)) <= CLOSE
 
 
