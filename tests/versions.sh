@@ -28,7 +28,7 @@ run_fast_tests() {  # under the torch of that name
     # shellcheck disable=SC2086
     "$venv/bin/pip" install --quiet --no-cache-dir --editable '.[test]' ${pins[$1]}
     "$venv/bin/python" -c 'import sys, torch; print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")'
-    "$venv/bin/python" -m pytest -q -m "not slow and not long and not gpu" || status=$?
+    "$venv/bin/python" -m pytest -q -m "not slow and not gpu" || status=$?
     echo "torch $1: the fast tests $([[ $status == 0 ]] && echo pass || echo FAIL)"
     return "$status"
 }
