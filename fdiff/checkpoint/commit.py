@@ -133,6 +133,8 @@ class Committer:
 
 def _write_clients(target: Path, clients: Mapping[int, Arrays]) -> None:
     """While one file is on its way to the disk, another is made."""
+    if not clients:  # nobody waits for this thread: the folder may have become the round's meanwhile
+        return
     target.mkdir(parents=True, exist_ok=True)
 
     def write(index: int) -> None:

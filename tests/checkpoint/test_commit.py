@@ -12,6 +12,7 @@ from faults import injections
 from faults.processes import Job
 from faults.runs import rounds_there, train
 
+from fdiff.checkpoint import commit
 from fdiff.checkpoint import file as file_module
 from fdiff.checkpoint.commit import GRACE_S, Committer, Contents
 from fdiff.errors import RunError
@@ -29,6 +30,24 @@ def test_a_write_that_hangs_does_not_hold_up_the_end(tmp_path, monkeypatch):
     took = time.monotonic() - began
     released.set()
     assert GRACE_S <= took < GRACE_S + 1
+
+
+def test_a_thread_without_files_that_comes_late_touches_nothing(tmp_path, monkeypatch):
+    """Nobody waits for it: the folder that it would have made has become the round's by then."""
+    visible, write_clients = threading.Event(), commit._write_clients
+
+    def late(target, clients):
+        assert visible.wait(60)
+        write_clients(target, clients)
+
+    monkeypatch.setattr(commit, "_write_clients", late)
+    committer = Committer(tmp_path, "a", 2, (), leads=True)
+    committer.start(Contents(1, {}, WHOLE))
+    committer.wait_committed()
+    visible.set()
+    committer.wait()
+    committer.close()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["round-000001"]
 
 
 def test_a_commit_that_soon_ends_is_waited_for(tmp_path):
