@@ -102,7 +102,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks_and_only_statistics_travel(
         [(None, False), (None, True)] if method == "full" else [(c, False) for c in range(4)]
     )
     assert sent == {}
-    for ranks in (2, 4) if method == "full" else (4,):
+    for ranks in (2, 4):
         results = run_ranks(OnEveryRank(runs / method, tmp_path), ranks, tmp_path, timeout_s=240, patience_s=120)
         spread, ledgers = results[0][0], [ledger for _, ledger in results]
         assert all(not found for found, _ in results[1:])

@@ -48,7 +48,7 @@ FAULTS: dict[str, Fault] = {
     "clients": Fault("exception, out of memory or bad loss in a client", failing.clients, 8, 50),
     "stopped": Fault("SIGSTOP of one rank", killing.stopped, 1, 20),
     "signals": Fault("SIGTERM or SIGUSR2 at a random time", killing.signals, 4, 24),
-    "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launcher_signals.torchrun, 1, 40),
+    "torchrun": Fault("SIGTERM or SIGUSR2 under torchrun", launcher_signals.torchrun, 2, 40),
     "slurm": Fault("SIGTERM or SIGUSR2 under Slurm", launcher_signals.on_slurm, 2, 10, needs=slurm_cluster.why_not),
     "damage": Fault("damaged checkpoint", damage.files, 16, 104),
     "disks": Fault("disk full or read-only during a commit", failing.disks, 4, 20, needs=mounting),

@@ -142,6 +142,20 @@ def test_the_weights_are_the_same_under_every_launcher(lost, alone):
     assert all(np.array_equal(lost.weights[array], alone[array]) for array in alone)
 
 
+# Who submits to Slurm, requeues there, or starts torchrun sees jobs end well in other modules; mpirun has none.
+MPIRUN = ("openmpi", "mpich")
+ENDING = [pytest.param(name, marks=() if name in MPIRUN else pytest.mark.rare) for name in LAUNCHERS]
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_job_that_is_done_ends_well(name, alone, request, tmp_path):
+    words = [*ENDLESS, "--federation.rounds", "2", "--runtime.reduction", "ordered", "--run.dir", "run"]
+    with started(LAUNCHERS[name].words(RANKS, "train", *words), tmp_path, environment(LAUNCHERS[name], request)) as job:
+        assert job.wait(PATIENCE_S) == 0, job.printed
+    found = arrays(tmp_path / "run", 2)
+    assert all(np.array_equal(found[array], alone[array]) for array in alone)
+
+
 def test_a_lost_rank_takes_all_others_along(lost):
     print(f"{lost.name}: all gone {lost.seconds:.1f} s after rank 1 {lost.how}, status {lost.status}")
     assert lost.seconds < GONE_S[lost.name] and lost.status != 0

@@ -346,7 +346,7 @@ def test_a_sweep_that_would_fail_in_the_queue_is_refused_before_it(words, named,
 
 
 @pytest.mark.slow
-@pytest.mark.rare  # a submitted training does so in test_submit.py, and a sweep that is killed goes on in this module
+@pytest.mark.rare  # what requeues is the same as on Slurm: tests/launch/test_requeue.py
 def test_a_submitted_sweep_requeues_itself_and_goes_on(tmp_path):
     longer = {**TINY, "federation": {"rounds": 12, "local_epochs": 1}}
     sweep_file(tmp_path, fields=longer, score={"images": 100})
