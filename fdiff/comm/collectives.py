@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -164,18 +164,36 @@ def aside(operation: Callable[[], R], look: Callable[[], None]) -> R:
         return result  # type: ignore[return-value]
 
 
-def find_lost(alarms: Sequence[tuple[list[int], str, str]], alive: Collection[int]) -> tuple[list[int], str]:
+class Call(NamedTuple):
+    """What a rank says in a roll call: for whom it waits, `what` to say of a lost one, the `reason` if none is.
+
+    In an exchange there is no reason: those who are late are to blame even if they live. A rank that `joins` waits for
+    them too, but not yet in vain.
+    """
+
+    ranks: Sequence[int] = ()
+    what: str = ""
+    reason: str = ""
+    joins: bool = False
+
+
+JOINS = Call(joins=True)  # for nobody whom it could name
+
+
+def find_lost(calls: Sequence[Call], alive: Collection[int]) -> tuple[list[int], str]:
     """Who is lost, and what to say of them; nobody, and what went wrong, if an operation failed among the living.
 
-    `alarms` has the ranks that somebody waited for in vain, what to say of a lost one, and the reason why the operation
-    failed: none in an exchange, where those who are late are to blame even if they live. Ranks for which nobody waits
-    may be silent because they are busy.
+    If all live for whom a rank waited in vain, then those are lost for whom they wait: it may be a chain. Ranks for
+    which nobody waits may be silent because they are busy.
     """
-    lost = {r for awaited, _, _ in alarms for r in awaited} - set(alive)
-    lost = lost or {r for awaited, _, reason in alarms for r in awaited if not reason}
+    calls = sorted(calls, key=lambda call: call.joins)
+    in_vain = [call for call in calls if not call.joins]
+    lost = {r for call in in_vain for r in call.ranks} - set(alive)
+    lost = lost or {r for call in calls for r in call.ranks} - set(alive)
+    lost = lost or {r for call in in_vain for r in call.ranks if not call.reason}
     if not lost:
-        return [], next((reason for _, _, reason in alarms if reason), "another rank gave up")
-    return sorted(lost), next(what for awaited, what, _ in alarms if lost & set(awaited))
+        return [], next((call.reason for call in in_vain if call.reason), "another rank gave up")
+    return sorted(lost), next(call.what for call in calls if lost & set(call.ranks))
 
 
 def pack(values: Iterable[bytes]) -> bytes:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from fdiff.comm.base import LostRanks
-from fdiff.comm.collectives import ANSWER_GRACE_S, ROLL_CALL_S, aside, find_lost, pack, unpack
+from fdiff.comm.collectives import ANSWER_GRACE_S, JOINS, ROLL_CALL_S, Call, aside, find_lost, pack, unpack
 from fdiff.errors import RunError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class MpiControl:
         began = time.monotonic()
 
         def look() -> None:
-            self._join_roll_call()
+            self._join_roll_call(_joins(what, ranks))
             if time.monotonic() - began > self._timeout_s:
                 self._give_up(what, ranks)
 
@@ -65,12 +65,12 @@ class MpiControl:
         statuses = [self._MPI.Status() for _ in requests]
         with self.naming_errors(what, statuses):
             done = partial(self._MPI.Request.Testall, requests, statuses)
-            if not self._until(done, self._timeout_s, PAYLOAD_SLEEP_S):
+            if not self._until(done, self._timeout_s, PAYLOAD_SLEEP_S, _joins(what, ranks)):
                 self._give_up(what, ranks)
 
     def _give_up(self, what: str, ranks: Sequence[int]) -> NoReturn:
         reason = f"rank {self._rank}: the {what} did not end within {self._timeout_s:g} s"
-        self._roll_call(ranks, f"was lost during the {what}", reason)
+        self._roll_call(Call(ranks, f"was lost during the {what}", reason))
 
     @contextmanager
     def naming_errors(self, what: str, statuses: Sequence[Status] = ()) -> Iterator[None]:
@@ -150,35 +150,31 @@ class MpiControl:
 
     # --- roll call
 
-    def _until(self, done: Callable[[], bool], seconds: float, longest_sleep_s: float) -> bool:
+    def _until(self, done: Callable[[], bool], seconds: float, longest_sleep_s: float, waits: Call = JOINS) -> bool:
         """Whether `done` comes true in time; a roll call that another rank began meanwhile is joined."""
 
         def done_or_called() -> bool:
             if done():
                 return True
-            self._join_roll_call()
+            self._join_roll_call(waits)
             return False
 
         return _until(done_or_called, seconds, longest_sleep_s)
 
-    def _join_roll_call(self) -> None:
+    def _join_roll_call(self, waits: Call) -> None:
         if self._comm.Iprobe(self._MPI.ANY_SOURCE, ALIVE):
-            self._roll_call()
+            self._roll_call(waits)
 
     def _miss(self, ranks: Sequence[int]) -> NoReturn:
         """Some are late. They may live and themselves wait for a lost one, in an operation that we are no part of."""
-        self._roll_call(ranks, f"did not answer within {self._timeout_s:g} s")
+        self._roll_call(Call(ranks, f"did not answer within {self._timeout_s:g} s"))
 
-    def _roll_call(self, ranks: Sequence[int] = (), what: str = "", reason: str = "") -> NoReturn:
-        """Tell all that this rank lives and for whom it waits, hear the others, raise who is awaited and is silent.
-
-        `what` is to be said of a lost one, `reason` if none is; a rank that only joins in has neither.
-        """
-        mine = (list(ranks), what, reason)
-        call = json.dumps(mine).encode()
+    def _roll_call(self, mine: Call) -> NoReturn:
+        """Tell all that this rank lives and for whom it waits, hear the others, raise who is awaited and is silent."""
+        call = json.dumps([list(mine.ranks), *mine[1:]]).encode()
         others = [r for r in range(self._size) if r != self._rank]
         sends = [self._comm.Isend([call, self._MPI.BYTE], r, ALIVE) for r in others]
-        calls: dict[int, tuple[list[int], str, str]] = {self._rank: mine}
+        calls = {self._rank: mine}
 
         def all_here() -> bool:
             for send in sends:
@@ -186,13 +182,17 @@ class MpiControl:
             while found := self._probe(ALIVE):
                 buffer = bytearray(found[1].Get_count(self._MPI.BYTE))
                 found[0].Recv([buffer, self._MPI.BYTE])  # a short message, and here already
-                calls[found[1].Get_source()] = json.loads(buffer)
+                calls[found[1].Get_source()] = Call(*json.loads(buffer))
             return len(calls) == self._size
 
         _until(all_here, ROLL_CALL_S, CONTROL_SLEEP_S)
         lost, text = find_lost([calls[r] for r in sorted(calls)], calls)
         # A stopped rank that comes to as mpirun ends it finds that it is the lost one: not for it to say.
         raise LostRanks(lost, text, speaker=min(set(calls) - set(lost), default=self._rank))
+
+
+def _joins(what: str, ranks: Sequence[int]) -> Call:
+    return Call(ranks, f"was lost during the {what}", joins=True)
 
 
 def _until(done: Callable[[], bool], seconds: float, longest_sleep_s: float) -> bool:

@@ -17,7 +17,18 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from fdiff.comm.base import LostRanks
-from fdiff.comm.collectives import ANSWER_GRACE_S, LINGER_S, ROLL_CALL_S, TICK_S, aside, find_lost, pack, unpack
+from fdiff.comm.collectives import (
+    ANSWER_GRACE_S,
+    JOINS,
+    LINGER_S,
+    ROLL_CALL_S,
+    TICK_S,
+    Call,
+    aside,
+    find_lost,
+    pack,
+    unpack,
+)
 from fdiff.comm.heartbeat import Heartbeat
 
 SLEEP_S = 0.1  # longest sleep between two looks at the store
@@ -51,9 +62,10 @@ class StoreControl:
         operation that hangs is left behind in its thread.
         """
         began = time.monotonic()
+        waits = Call(ranks, f"was lost during the {what}", joins=True)
 
         def look() -> None:
-            self._ask(self._heed)
+            self._ask(lambda: self._heed(waits))
             if time.monotonic() - began > self._timeout_s + ANSWER_GRACE_S:
                 raise RuntimeError(f"it did not end within {self._timeout_s:g} s")
 
@@ -63,7 +75,7 @@ class StoreControl:
             raise
         except RuntimeError as error:
             reason = f"rank {self._rank}: the {what} failed: {str(error).splitlines()[0]}"
-            self._ask(lambda: self._alarm(ranks, f"was lost during the {what}", reason))
+            self._ask(lambda: self._alarm(Call(ranks, waits.what, reason)))
             self._ask(self._roll_call)
             raise AssertionError("a roll call ends in an error") from error
 
@@ -125,7 +137,7 @@ class StoreControl:
 
     def _miss(self, ranks: Sequence[int]) -> NoReturn:
         """Some are late. They may live and themselves wait for a lost one, in an operation that we are no part of."""
-        self._alarm(ranks, self._late)
+        self._alarm(Call(ranks, self._late))
         self._roll_call()
 
     def _wait(self, keys: list[str], seconds: float, heed_alarm: bool = True) -> bool:
@@ -144,28 +156,33 @@ class StoreControl:
 
     # --- roll call
 
-    def _heed(self) -> None:
+    def _heed(self, waits: Call = JOINS) -> None:
         """While waiting: answer another rank's alarm, or raise it for one that shows no sign of life."""
         if self._store.check(["alarm"]):
-            self._roll_call()
+            self._roll_call(waits)
         if silent := self._heartbeat.silent(self._store, self._watched):
-            self._alarm(silent, "has given no sign of life for a while")
+            self._alarm(Call(silent, "has given no sign of life for a while"))
             self._roll_call()
 
-    def _alarm(self, ranks: Sequence[int], what: str, reason: str = "") -> None:
-        """Say that this rank waits in vain for `ranks`: `what` is to be said of a lost one, `reason` if none is."""
-        self._store.set(f"alarm/{self._rank}", json.dumps([list(ranks), what, reason]))
+    def _alarm(self, call: Call) -> None:
+        """Say that this rank waits in vain."""
+        self._say(call)
         self._store.set("alarm", b"")
 
-    def _roll_call(self) -> NoReturn:
+    def _say(self, call: Call) -> None:
+        self._store.set(f"call/{self._rank}", json.dumps([list(call.ranks), *call[1:]]))
+
+    def _roll_call(self, waits: Call = JOINS) -> NoReturn:
         """Say that this rank is alive, and raise what the roll call of all those that say so brings to light."""
+        if waits.ranks:
+            self._say(waits)
         self._store.set(f"alive/{self._rank}", b"")
         self._wait([f"alive/{r}" for r in range(self._size)], ROLL_CALL_S, heed_alarm=False)
         if not self._store.check(["outcome"]):
             ranks = range(self._size)
-            alarms = [json.loads(self._store.get(k)) for r in ranks if self._store.check([k := f"alarm/{r}"])]
+            calls = [Call(*json.loads(self._store.get(k))) for r in ranks if self._store.check([k := f"call/{r}"])]
             alive = {r for r in ranks if self._store.check([f"alive/{r}"]) and not self._store.check([f"left/{r}"])}
-            outcome = json.dumps([*find_lost(alarms, alive), min(alive, default=0)])
+            outcome = json.dumps([*find_lost(calls, alive), min(alive, default=0)])
             self._store.compare_set("outcome", "", outcome)  # the first one counts, so that all say the same
         lost, text, speaker = json.loads(self._store.get("outcome"))
         self._missed.update(lost)
@@ -179,7 +196,7 @@ class StoreControl:
         if failed and not self._missed and not self._store.check(["alarm"]):
             self._store.set(f"left/{self._rank}", b"")
             self._store.set(f"alive/{self._rank}", b"")  # nobody needs to wait for it
-            self._alarm([self._rank], "failed and left")
+            self._alarm(Call([self._rank], "failed and left"))
         self._store.set(f"gone/{self._rank}", b"")
         if self._rank == 0:
             others = set(range(self._size)) - self._missed

@@ -17,7 +17,7 @@ from ranks import End, end_ranks, run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
 from fdiff.comm.base import device_problem
-from fdiff.comm.collectives import Groups, find_lost, pack, unpack, uses_ring
+from fdiff.comm.collectives import Call, Groups, find_lost, pack, unpack, uses_ring
 from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
 from fdiff.errors import RunError, UserError
 
@@ -290,14 +290,16 @@ def test_groups_free_the_one_not_used_for_longest(monkeypatch: pytest.MonkeyPatc
     assert freed == ["12", "01", "02"]
 
 
-def test_judge() -> None:
-    pair, late = ([1, 2], "was lost", "the pair failed"), ([1, 2], "is late", "")
+def test_who_is_lost() -> None:
+    pair, late = Call([1, 2], "was lost", "the pair failed"), Call([1, 2], "is late")
     assert find_lost([pair], {0, 1}) == ([2], "was lost")
     assert find_lost([pair], {1, 2}) == ([], "the pair failed")  # rank 0 is busy
     assert find_lost([late, pair], {0, 1}) == ([2], "is late")
     assert find_lost([late], {0, 1, 2}) == ([1, 2], "is late")
-    chain = [([2, 1], "was lost by 2", "x"), ([1, 0], "was lost by 1", "y")]
+    chain = [Call([2, 1], "was lost by 2", "x"), Call([1, 0], "was lost by 1", "y")]
     assert find_lost(chain, {1, 2}) == ([0], "was lost by 1")
+    assert find_lost([chain[0], chain[1]._replace(joins=True)], {1, 2}) == ([0], "was lost by 1")
+    assert find_lost([pair, chain[1]._replace(joins=True)], {1}) == ([2], "was lost")  # rank 0 is busy
 
 
 def test_pack_keeps_empty_values() -> None:
