@@ -68,10 +68,12 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
 
 
 def test_mpich_under_srun(request, tmp_path):
-    words = ["srun", "-N2", "-n2", "--mpi=pmi2", mpi_libraries.mpich().python, "-m", "fdiff", "doctor", "--json"]
-    flags = ["--runtime.comm", "mpi", "--runtime.device", "cpu"]
-    done = execute([*words, *flags], tmp_path, env=environment(LAUNCHERS["srun"], request)).check()
-    report = json.loads(done.out)
+    srun = ["srun", "-N2", "-n2", "--mpi=pmi2", "--kill-on-bad-exit", mpi_libraries.mpich().python]
+    words = [*srun, "-m", "fdiff", "doctor", "--json", "--runtime.comm", "mpi", "--runtime.device", "cpu"]
+    done = execute(words, tmp_path, env=environment(LAUNCHERS["srun"], request))
+    if "mpi/pmi2: value not properly terminated" in done.err:  # Slurm's plugin cuts some of the library's addresses
+        done = execute(words, tmp_path, env=environment(LAUNCHERS["srun"], request))
+    report = json.loads(done.check().out)
     assert (report["launcher"], [row["rank"] for row in report["ranks"]]) == ("srun", [0, 1])
     assert {row["why"] for row in report["ranks"]} == {"runtime.device cpu; mpi: runtime.comm mpi"}
 

@@ -36,13 +36,17 @@ names = "SLURM_PROCID SLURM_JOB_ID MASTER_ADDR MASTER_PORT OMP_NUM_THREADS SLURM
 called = {{name: os.environ[name] for name in names}}
 called["args"] = sys.argv[1:]
 restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-with open(f"{{called['SLURM_JOB_ID']}}.{{restart}}.{{called['SLURM_PROCID']}}.json", "w") as file:
+record = f"{{called['SLURM_JOB_ID']}}.{{restart}}.{{called['SLURM_PROCID']}}.json"
+with open(f"{{record}}.part", "w") as file:
     json.dump(called, file)
+os.replace(f"{{record}}.part", record)
 """
 REQUEUE = """
-import subprocess, time
+import glob, subprocess, time
 if restart == "0":
     if called["SLURM_PROCID"] == "0":
+        while len(glob.glob(f"{called['SLURM_JOB_ID']}.0.*.json")) < int(os.environ["SLURM_NTASKS"]):
+            time.sleep(0.1)
         subprocess.run(["scontrol", "requeue", called["SLURM_JOB_ID"]], check=True)
     time.sleep(60)
 """
