@@ -26,7 +26,8 @@ from fdiff.config import Config
 from fdiff.federation import Federation
 
 CLIENTS, WIDTHS = 8, (64, 128)  # 14.9 and 58.4 million parameters of the paper's model
-REPEATS, WARMUP = 5, 2
+COMMITS, STALLS, WARMUP = 5, 9, 2
+REST_S = 2.5
 ALLOWED_STALL_S = 0.06 / 377e6  # a byte
 PIECE = 2**23
 
@@ -44,7 +45,7 @@ def _measure(config: Config, comm: Communicator, device: torch.device) -> list[R
         play()
         size = _bytes_of(federation, comm)
         commit, bound = _commits(federation, play, comm, _writer(run_dir.parent / "bound", size, comm))
-        stall = _stalls(federation, play, comm, device, float(np.median(commit)))
+        stall = _stalls(federation, play, comm, device, max(commit))
     parameters = sum(federation.rank.host.trainer.buckets.sizes.values())
     name = f"{parameters / 1e6:.1f} M parameters, {CLIENTS} clients, {size / 1e6:.0f} MB"
     return [
@@ -72,33 +73,50 @@ def _commits(
 ) -> tuple[list[float], list[float]]:
     """Seconds of commits and of the bound, in turns; a commit's begins when its round is over."""
     commits, bounds = [], []
-    for turn in range(-WARMUP, REPEATS):
+    for turn in range(-WARMUP, COMMITS):
         play()
-        comm.exchange(b"")
+        _rest(comm)
         began = time.perf_counter()
         federation.commits.start()
         federation.commits.finish()
-        committed = time.perf_counter()
+        committed = time.perf_counter() - began
+        _rest(comm)
+        began = time.perf_counter()
         write()
         if turn >= 0:
-            commits.append(committed - began)
-            bounds.append(time.perf_counter() - committed)
+            commits.append(committed)
+            bounds.append(time.perf_counter() - began)
     taken = slowest(comm, {"commit": commits, "bound": bounds})
     return taken["commit"], taken["bound"]
 
 
+def _rest(comm: Communicator) -> None:
+    """As between two rounds: until what came of the last turn is over.
+
+    A file system frees what was removed after a while, and a virtual machine gives free memory back to its host: right
+    after a removal the disk is slower and memory is warmer.
+    """
+    os.sync()
+    time.sleep(REST_S)
+    comm.exchange(b"")
+
+
 def _writer(path: Path, size: int, comm: Communicator) -> Callable[[], None]:
-    """A function that writes so many bytes, in large pieces from warm memory, to a new file and syncs it, on rank 0."""
+    """A function that does, on rank 0, with one plain file of so many bytes what a commit does with its files.
+
+    It writes them, in large pieces from warm memory, to a new file, syncs that, and puts it in the old one's place.
+    """
+    new = path.with_suffix(".new")
     piece = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
 
     def write() -> None:
         if comm.rank != 0:
             return
-        path.unlink(missing_ok=True)
-        with path.open("xb", buffering=0) as file:
+        with new.open("xb", buffering=0) as file:
             for start in range(0, size, PIECE):
                 file.write(piece[: size - start])
             os.fsync(file.fileno())
+        os.replace(new, path)
         checkpoint.sync_folder(path.parent)
 
     return write
@@ -117,8 +135,8 @@ def _stalls(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a GPU, whose host waits: with all cores busy it would show who shares them
     try:
-        federation.rank.host.trainer.train = _working(federation, 1.5 * commit_s)  # type: ignore[method-assign]
-        taken = in_turns({"committed": committed, "plain": play}, comm, device, REPEATS)
+        federation.rank.host.trainer.train = _working(federation, 2 * commit_s)  # type: ignore[method-assign]
+        taken = in_turns({"committed": committed, "plain": play}, comm, device, STALLS)
     finally:
         torch.set_num_threads(threads)
     return [longer - plain for longer, plain in zip(taken["committed"], taken["plain"], strict=True)]

@@ -281,7 +281,7 @@ def test_a_writer_that_fails_is_heard_at_the_next_safe_point(tmp_path, monkeypat
     def fail(*_: object) -> None:
         raise OSError(error, "HDF5 tells a long story")
 
-    monkeypatch.setattr(file_module, "_write", fail)
+    monkeypatch.setattr(file_module, "_put", fail)
     committer = Committer(tmp_path, "a", 2, range(1), leads=False)
     committer.start(Contents(1, {0: {"x": np.zeros(3, np.float32)}}, None))
     with pytest.raises(RunError, match=f"checkpoint could not be written: .*{os.strerror(error)}.*client-0000.h5"):

@@ -22,7 +22,7 @@ WHOLE = ({"x": np.zeros(3, np.float32)}, {"round": 1})
 
 def test_a_write_that_hangs_does_not_hold_up_the_end(tmp_path, monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(file_module, "_write", lambda *_: released.wait(60))
+    monkeypatch.setattr(file_module.Unsynced, "write", lambda *_: released.wait(60))
     committer = Committer(tmp_path, "a", 2, range(1), leads=True)
     committer.start(Contents(1, {0: {"x": np.zeros(3, np.float32)}}, WHOLE))
     began = time.monotonic()

@@ -179,7 +179,7 @@ def hang_on_disk(failing: int, round: int, rank: int) -> None:
     """The disk does not answer any more; then a client fails."""
     from fdiff.checkpoint import file
 
-    file._write = lambda *_: time.sleep(600)
+    file.Unsynced.write = lambda *_: time.sleep(600)
     fail_client("exception", (failing,), round, rank)
 
 
