@@ -1,8 +1,8 @@
 """Everything in a round but the local epochs, beside the parts that no round can do without, each measured alone.
 
 Clients that train nothing go through whole rounds: plan, votes, averages, the copy for the checkpoint, logs. The bound
-is the sum of: one bare all-reduce of as many bytes among the same ranks, a vote, a line of the log, the copy. Only the
-commit is left out, which happens behind the next round's training: see `fdiff bench checkpoint`.
+is the sum of: the weights on what is sent, one bare all-reduce of as many bytes among the same ranks, a vote, a line of
+the log, the copy. Only the commit is left out, which happens behind the next round: see `fdiff bench checkpoint`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def rounds(round: Callable[[int], None]) -> Callable[[], None]:
 
 
 def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[[], object]]:
-    """What a round consists of, by name: an all-reduce over all ranks that sends as many bytes as the first round's
-    plan, a vote, the log's line, and the copy that its checkpoint is written from."""
+    """What a round consists of, by name: weighting a tensor and an all-reduce of it over all ranks that sends as many
+    bytes as the first round's plan, a vote, the log's line, and the copy that its checkpoint is written from."""
     config, comm, host = federation.config, federation.comm, federation.rank.host
     round = federation.select(1)
     round.reports, round.seconds = [no_training.report(client) for client in host.clients], {"train": 1.0}
@@ -76,6 +76,7 @@ def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[
 
     log()  # its line is part of the copy
     return {
+        "weights": lambda: tensor.mul_(0.5),
         "all-reduce": lambda: comm.bare_all_reduce(tensor),
         "vote": federation.votes.vote,
         "log line": log,
