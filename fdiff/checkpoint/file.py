@@ -10,9 +10,9 @@ Checksums are made from memory, before the file is: what a disk loses without a 
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -87,37 +87,75 @@ class Unsynced:
 
     def __enter__(self) -> Unsynced:
         with self._naming():
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._file = _Sink(self._temporary, "x+", opener=lambda path, flags: os.open(path, flags, 0o600))
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
         with suppress(OSError):  # it has its name, or the disk is not to be written to
             self._temporary.unlink()
 
     def write(self, arrays: Arrays, header: Header) -> str:
         """Write all that the file is to hold; returns its digest."""
-        with self._naming(), h5py.File(self._temporary, "w", locking=False, libver=_FORMAT) as file:
+        with h5py.File(self._file, "w", libver=_FORMAT) as file:
             manifest = {name: _put(file, name, array) for name, array in arrays.items()}
             said = header() if callable(header) else header
             manifest["header"] = _put(file, "header", _json_bytes({**said, "version": VERSION}))
-            return str(_put(file, "manifest", _json_bytes(manifest))["blake3"])
+            digest = str(_put(file, "manifest", _json_bytes(manifest))["blake3"])
+        with self._naming():
+            self._file.check()
+        return digest
 
     def sync(self) -> None:
         """Have it on the disk, then give it its name."""
         with self._naming():
-            os.fsync(self._descriptor)
+            os.fsync(self._file.fileno())
             os.replace(self._temporary, self._path)
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """Have an OSError name the file: HDF5's own message is long, and says no more."""
         try:
             yield
-        except Exception as error:
-            if number := _errno(error):
-                raise OSError(number, os.strerror(number), str(self._path)) from error
-            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+class _Sink(io.FileIO):
+    """What HDF5 writes to: keeps the first error for `check`.
+
+    HDF5 holds much back until an object or the file is closed. There h5py drops an error, so that a file without its
+    last bytes looked whole; or the library crashes over it.
+    """
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        with self._keeping_errors():
+            left = memoryview(data).cast("B")
+            while left:
+                left = left[super().write(left) :]
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        with self._keeping_errors():
+            super().truncate(size)
+        return size or 0
+
+    def readinto(self, buffer: Any) -> int:
+        found = super().readinto(buffer)
+        return len(buffer) if self._error else found  # of what could not be written, anything will do
+
+    def check(self) -> None:
+        """Raise the first error."""
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._error = self._error or error
 
 
 def _put(file: h5py.File, name: str, array: np.ndarray) -> dict[str, Any]:
@@ -295,14 +333,6 @@ def _json_bytes(value: Any) -> np.ndarray:
 def checksum(array: np.ndarray) -> str:
     """The BLAKE3 of an array's bytes, in hex: as cryptographic as SHA-256, and several times as fast."""
     return blake3(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _errno(error: BaseException) -> int | None:
-    """The system's number for what went wrong; where a file cannot be closed, h5py has it in its message alone."""
-    if isinstance(error, OSError) and error.errno:
-        return error.errno
-    found = re.search(r"errno = (\d+)", str(error)) if isinstance(error, (OSError, RuntimeError)) else None
-    return int(found[1]) if found else None
 
 
 def _one_line(error: Exception) -> str:
