@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -256,7 +257,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "run.checkpoint_every": _between(1, MANY),
     "run.keep_checkpoints": _between(2, MANY),
     "runtime.threads": (lambda v: v is None or 1 <= v <= 1024, "between 1 and 1024, or null"),
-    "runtime.timeout_s": (lambda v: 0 < v <= MANY, f"greater than 0 and at most {MANY} seconds"),
+    "runtime.timeout_s": (lambda v: 0.1 <= v <= MANY, f"between 0.1 and {MANY} seconds"),
 }
 
 
@@ -331,6 +332,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         k: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
         for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
     }
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data.beta": 0.5, …} of {"data": {"beta": 0.5, …}, …}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def from_dict(values: dict[str, Any]) -> Config:

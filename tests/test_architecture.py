@@ -17,7 +17,7 @@ FLOORS = [
     {"bench", "evaluation"},
     {"federation"},
     {"comm", "checkpoint", "data", "plan"},
-    {"runtime", "model"},
+    {"runtime", "model", "config_file"},
     {"config"},
     {"errors", "seeds"},
     {"__init__"},

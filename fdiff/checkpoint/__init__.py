@@ -7,7 +7,7 @@ checksums) and `commit.py` (writing while training goes on). Knows no model and 
 from __future__ import annotations
 
 from fdiff.checkpoint.commit import VISIBLE_S, Committer, Contents
-from fdiff.checkpoint.file import Damaged, Examined
+from fdiff.checkpoint.file import Damaged, Examined, read_file, write_file
 from fdiff.checkpoint.folder import (
     GLOBAL,
     Generation,
@@ -15,9 +15,11 @@ from fdiff.checkpoint.folder import (
     client_file,
     generation_name,
     generations,
+    hold,
     inspect,
     layout_table,
     make_visible,
+    partial_folder,
     prune,
     read_clients,
     read_generation,

@@ -11,10 +11,13 @@ This module knows files and folders; it neither communicates nor knows what the 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from fdiff.checkpoint.file import Damaged, Examined, examine, read_file
+from fdiff.errors import UserError
 from fdiff.model import Slot
 
 GLOBAL = "global.h5"
@@ -79,6 +83,11 @@ def temporary_folder(run_dir: Path, round: int, attempt: str) -> Path:
     return root(run_dir) / f".writing-{round:06d}-{attempt}"
 
 
+def partial_folder(run_dir: Path, round: int) -> Path:
+    """Where a start that was stopped leaves what its clients have done of this round."""
+    return root(run_dir) / f".partial-{round:06d}"
+
+
 # --- becoming visible, and going -----------------------------------------------------------------------------------
 
 
@@ -96,22 +105,70 @@ def make_visible(temporary: Path, run_dir: Path, round: int, keep: int) -> Path:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. Hidden first, so that half a checkpoint is never seen."""
-    for old in generations(run_dir)[:-keep]:
+    """Remove all but the newest `keep` checkpoints. Hidden first, so that half a checkpoint is never seen.
+
+    What somebody reads stays until a later time. What was left of a round that is now complete goes too.
+    """
+    complete = generations(run_dir)
+    for partial in root(run_dir).glob(".partial-*"):
+        if complete and partial.name <= partial_folder(run_dir, complete[-1].round).name:
+            shutil.rmtree(partial, ignore_errors=True)
+    for old in complete[:-keep]:
+        if (nobody_else := _lock(old.path, fcntl.LOCK_EX)) is None:
+            continue
         hidden = old.path.with_name(f".old-{old.path.name}")
         os.rename(old.path, hidden)
+        os.close(nobody_else)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+class Hold:
+    """A checkpoint that stays as long as this object does, though its run makes newer ones; see `hold`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+
+def hold(path: Path) -> Hold | None:
+    """Keep a checkpoint from being pruned by a run on this node; None if it is gone.
+
+    Where the file system has no locks, or the run is on another node, it may go all the same.
+    """
+    descriptor = _lock(path, fcntl.LOCK_SH)
+    return None if descriptor is None else Hold(descriptor)
+
+
+def _lock(path: Path, kind: int) -> int | None:
+    """An open descriptor of the folder, locked where that is possible; None if it is gone, or another has a lock."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        mine = True
+    except OSError as error:  # of a file system without locks, if it is not that another has one
+        mine = not isinstance(error, BlockingIOError)
+    if mine and path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def clean(run_dir: Path, last_round: int) -> list[Path]:
     """Remove what interrupted commits left, and set aside what is newer than the checkpoint that a run goes on from.
 
-    Those newer ones were damaged, or this run would go on from them. They are renamed and not removed: the damage may
-    be in the reading. They may not stay, because they would count as the newest and soundest when old ones are pruned.
-    Returns their new names.
+    What is kept of the next round stays. Those newer ones were damaged, or this run would go on from them. They are
+    renamed and not removed: the damage may be in the reading. They may not stay, because they would count as the newest
+    and soundest when old ones are pruned. Returns their new names. UserError if something that is no folder has the
+    name of a round: no checkpoint could take its place.
     """
+    for other in root(run_dir).iterdir():
+        if round_of(other) is not None and not other.is_dir():
+            raise UserError(f"{other}: is no folder, and has the name of a checkpoint; move it elsewhere")
     for rest in root(run_dir).glob(".*"):
-        shutil.rmtree(rest, ignore_errors=True)
+        if rest != partial_folder(run_dir, last_round + 1):
+            shutil.rmtree(rest, ignore_errors=True)
     aside = []
     for newer in (g for g in generations(run_dir) if g.round > last_round):
         aside.append(newer.path.with_name(f"damaged-{newer.path.name}-{secrets.token_hex(4)}"))
@@ -120,10 +177,13 @@ def clean(run_dir: Path, last_round: int) -> list[Path]:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the folder's entries on the disk."""
+    """Have the folder's entries on the disk, where the file system knows how: CIFS, for one, does not."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -7,8 +7,11 @@ The only room that imports torch.distributed or mpi4py. It knows nothing of mode
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from fdiff.comm.available import transports
-from fdiff.comm.base import Communicator, Ledger, LostRanks, Sum, agree, exchange_json, gather
+from fdiff.comm.base import Communicator, Ledger, LostRanks, NoRendezvous, Stranger, Sum, agree, exchange_json, gather
 from fdiff.comm.collectives import Collectives
 from fdiff.comm.mpi_library import STARTERS
 from fdiff.comm.schedule import PHASES, loads
@@ -18,10 +21,11 @@ from fdiff.errors import UserError
 from fdiff.runtime import Launch, launcher
 
 
-def connect(runtime: RuntimeConfig, launch: Launch) -> Communicator:
+def connect(runtime: RuntimeConfig, launch: Launch, folder: Path | None = None) -> Communicator:
     """Join the other ranks, for control only; `Communicator.open` makes it ready for payload.
 
-    UserError if the launcher and `runtime.comm` do not fit together.
+    Where the launcher does not say which job this is, the folder that the job works on does; None: it is not known.
+    UserError if the launcher and `runtime.comm` do not fit together, or if other ranks are another job's.
     """
     kind = runtime.comm
     if kind == "auto":
@@ -38,10 +42,10 @@ def connect(runtime: RuntimeConfig, launch: Launch) -> Communicator:
         from fdiff.comm.mpi import MpiCommunicator
 
         return MpiCommunicator(launch, runtime.timeout_s, runtime.partial_sums)
-    return _connect_torch(runtime, launch)
+    return _connect_torch(runtime, launch, folder)
 
 
-def _connect_torch(runtime: RuntimeConfig, launch: Launch) -> Communicator:
+def _connect_torch(runtime: RuntimeConfig, launch: Launch, folder: Path | None) -> Communicator:
     from fdiff.comm import torch_dist
 
     place = launcher.rendezvous(launch)
@@ -51,5 +55,11 @@ def _connect_torch(runtime: RuntimeConfig, launch: Launch) -> Communicator:
         from fdiff.comm.mpi import agree_on_rendezvous
 
         place = agree_on_rendezvous(launch, runtime.timeout_s)
-    store = torch_dist.tcp_store(place.address, place.port, place.serve, place.attempt, launch.size, runtime.timeout_s)
-    return torch_dist.TorchCommunicator(store, launch.rank, launch.size, runtime.timeout_s, runtime.partial_sums)
+    if place.job is None and folder is not None:
+        place = replace(place, job=f"the job of {folder.absolute()}")
+    met = torch_dist.meet_at(place, launch.rank, launch.size, runtime.timeout_s)
+    outlives = met.name if place.outlives_ranks else None
+    served_by = f"torchrun's agent at {place.address}:{place.port}" if place.outlives_ranks else None
+    return torch_dist.TorchCommunicator(
+        met.store, launch.rank, launch.size, runtime.timeout_s, runtime.partial_sums, outlives, served_by
+    )

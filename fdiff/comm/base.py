@@ -33,6 +33,14 @@ class LostRanks(RunError):
         super().__init__(f"rank{'s' if len(self.ranks) > 1 else ''} {names} {what}" if ranks else what)
 
 
+class NoRendezvous(RunError):
+    """Nobody is where the ranks are to meet."""
+
+
+class Stranger(UserError):
+    """This rank does not belong to those whom it met: it is another job's, or one too many."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """A contiguous tensor to be summed, in place, over its reporters, and written to its receivers as well.
@@ -92,9 +100,13 @@ class Ledger:
 
 
 class Communicator(Protocol):
-    """Ranks that average together. Implementations: torch.distributed, MPI, and a world of one."""
+    """Ranks that average together. Implementations: torch.distributed, MPI, and a world of one.
+
+    `outlives` names what stays while the launcher starts all ranks again, the same on all of them; None: nothing does.
+    """
 
     name: str
+    outlives: str | None
     rank: int
     size: int
     ledger: Ledger

@@ -12,7 +12,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from fdiff.comm.base import Ledger, Sum
-from fdiff.errors import UserError
+from fdiff.errors import RunError, UserError
 
 GROUPS_KEPT = 16  # a USPLIT run draws new pairs each round, and every group costs sockets and, with NCCL, memory
 ROLL_CALL_S = 4.0  # how long a rank in trouble waits for a sign of life of those that it was talking to
@@ -152,11 +152,15 @@ def aside(operation: Callable[[], R], look: Callable[[], None]) -> R:
         except BaseException as error:  # whatever it is, it is the caller's
             ended.put((None, error))
 
-    threading.Thread(target=run, name="fdiff-comm", daemon=True).start()
+    thread = threading.Thread(target=run, name="fdiff-comm", daemon=True)
+    thread.start()
     while True:
+        lives = thread.is_alive()  # asked first: what it leaves is then there
         try:
-            result, error = ended.get(timeout=TICK_S)
+            result, error = ended.get(timeout=TICK_S) if lives else ended.get_nowait()
         except queue.Empty:
+            if not lives:
+                raise RunError("a helper thread has died without a word; memory may be short") from None
             look()
             continue
         if error is not None:

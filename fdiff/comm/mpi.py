@@ -47,6 +47,7 @@ class MpiCommunicator(Collectives[Any]):
     """A communicator over MPI_COMM_WORLD. UserError if MPI is missing or its world is not the launcher's."""
 
     name = "mpi"
+    outlives = None
 
     def __init__(self, launch: Launch, timeout_s: float, partial_sums: PartialSums = "auto") -> None:
         self._MPI = start_mpi(launch)

@@ -14,6 +14,7 @@ class SoloCommunicator:
     """One rank, which hosts every client."""
 
     name = "none"
+    outlives = None
     rank = 0
     size = 1
 

@@ -32,15 +32,19 @@ from fdiff.comm.collectives import (
 from fdiff.comm.heartbeat import Heartbeat
 
 SLEEP_S = 0.1  # longest sleep between two looks at the store
+STORE_SILENT_S = 60.0  # how long a store may take to answer, however patient the ranks are with each other
 FAREWELL_S = 3.0  # how long rank 0 serves the store to those that have not left yet
 
 T = TypeVar("T")
 
 
 class StoreControl:
-    """Exchanges over a store that all ranks reach. Every rank makes the same calls in the same order."""
+    """Exchanges over a store that all ranks reach. Every rank makes the same calls in the same order.
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+    `served_by` says what serves the store, if that is not rank 0.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float, served_by: str | None = None) -> None:
         # Connections of their own: while one waits for something in the store, its other users have to wait as well.
         self._store, beats = (dist.PrefixStore("control", store.clone()) for _ in range(2))
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
@@ -48,7 +52,8 @@ class StoreControl:
         self._watched = range(size) if rank == 0 else (0, (rank + 1) % size)  # each rank by two others: few questions
         self._turn = 0
         self._missed: set[int] = set()
-        self._progress = time.monotonic()
+        self._served_by = served_by
+        self._looks = 0  # in vain, at a question that the store has not answered
 
     def exchange(self, value: bytes) -> list[bytes]:
         """See Communicator. LostRanks also if another rank raised the alarm."""
@@ -93,17 +98,25 @@ class StoreControl:
 
         A call to a store whose server was stopped never returns, whatever time-out it is given.
         """
-        limit_s = self._timeout_s + ANSWER_GRACE_S if patience_s is None else patience_s
+        waits_s = min(self._timeout_s, STORE_SILENT_S)
+        limit_s = waits_s + ANSWER_GRACE_S if patience_s is None else patience_s
 
         def look() -> None:
-            if time.monotonic() - self._progress > limit_s:
-                raise self._lost([0], self._late)
+            self._looks += 1  # and not by the clock: this process may have been stopped
+            if self._looks * TICK_S > limit_s:
+                raise self._lost_store(f"did not answer within {waits_s:g} s")
 
-        self._progress = time.monotonic()
+        self._looks = 0
         try:
             return aside(questions, look)
         except dist.DistError as error:
-            raise self._lost([0], "is gone, and with it the store through which the ranks talk") from error
+            raise self._lost_store("is gone") from error
+
+    def _lost_store(self, what: str) -> LostRanks:
+        if self._served_by is None:
+            return self._lost([0], f"{what}, and with it the store through which the ranks talk")
+        text = f"rank {self._rank}: the store through which the ranks talk {what}: that of {self._served_by}"
+        return LostRanks([], text, self._rank)  # each rank finds out for itself
 
     # --- exchange
 
@@ -144,14 +157,14 @@ class StoreControl:
         """Whether all keys appear in time. Looks again and again: a wait in the store could not notice the alarm."""
         began = alarm_seen = time.monotonic()
         while not self._store.check(keys):
-            self._progress = now = time.monotonic()
+            self._looks, now = 0, time.monotonic()
             if heed_alarm and now - alarm_seen > TICK_S:
                 alarm_seen = now
                 self._heed()
             if now - began > seconds:
                 return False
             time.sleep(min((now - began) / 100, SLEEP_S))
-        self._progress = time.monotonic()
+        self._looks = 0
         return True
 
     # --- roll call
@@ -160,6 +173,10 @@ class StoreControl:
         """While waiting: answer another rank's alarm, or raise it for one that shows no sign of life."""
         if self._store.check(["alarm"]):
             self._roll_call(waits)
+        gone = [r for r in self._heartbeat.gone(self._store, self._watched) if not self._store.check([f"gone/{r}"])]
+        if gone:  # without having taken leave
+            self._alarm(Call(gone, "is gone: its process has ended"))
+            self._roll_call()
         if silent := self._heartbeat.silent(self._store, self._watched):
             self._alarm(Call(silent, "has given no sign of life for a while"))
             self._roll_call()
@@ -177,7 +194,8 @@ class StoreControl:
         if waits.ranks:
             self._say(waits)
         self._store.set(f"alive/{self._rank}", b"")
-        self._wait([f"alive/{r}" for r in range(self._size)], ROLL_CALL_S, heed_alarm=False)
+        awaited = set(range(self._size)) - set(self._heartbeat.gone(self._store, range(self._size)))
+        self._wait([f"alive/{r}" for r in awaited], ROLL_CALL_S, heed_alarm=False)
         if not self._store.check(["outcome"]):
             ranks = range(self._size)
             calls = [Call(*json.loads(self._store.get(k))) for r in ranks if self._store.check([k := f"call/{r}"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,26 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fdiff.comm.base import Ledger, Sum, check_devices
-from fdiff.comm.collectives import Collectives, Groups, PartialSums, uses_ring
+from fdiff.comm.base import Ledger, NoRendezvous, Sum, check_devices
+from fdiff.comm.collectives import ANSWER_GRACE_S, Collectives, Groups, PartialSums, aside, uses_ring
+from fdiff.comm.meeting import Meeting, meet
 from fdiff.comm.store_control import StoreControl
 from fdiff.comm.transfers import Transfers
-from fdiff.errors import RunError
+from fdiff.errors import first_line
+from fdiff.runtime import Rendezvous
 
+STORE_GRACE_S = 5.0  # beyond its time-out, for the store's client to say by itself what is wrong
 NCCL_GRACE_S = 60.0  # NCCL's own watchdog kills the process when its time is up; ours, which can say why, is earlier
 
 
 class TorchCommunicator(Collectives[Any]):
-    """A communicator over a store that all ranks reach and, once `open` made it, the default process group."""
+    """A communicator over a store that all ranks reach and, once `open` made it, the default process group.
+
+    `outlives` names a store that a launcher keeps while it starts the ranks again, `served_by` that launcher; None if
+    rank 0 serves the store.
+    """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout_s: float, partial_sums: PartialSums = "auto"
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        partial_sums: PartialSums = "auto",
+        outlives: str | None = None,
+        served_by: str | None = None,
     ) -> None:
         self.name = "torch"
+        self.outlives = outlives
         self.rank, self.size = rank, size
         self.ledger = Ledger()
         self._store, self._timeout_s, self._partial_sums = store, timeout_s, partial_sums
-        self._control = StoreControl(store, rank, size, timeout_s)
+        self._control = StoreControl(store, rank, size, timeout_s, served_by)
         self._groups: Groups[dist.ProcessGroup | int] = Groups(self._create, self._free)
         self._transfers = Transfers(rank, self.ledger)
 
@@ -162,22 +178,36 @@ def _wait(works: Sequence[dist.Work]) -> None:
         work.wait()
 
 
-def tcp_store(address: str, port: int, serve: bool, attempt: str, size: int, timeout_s: float) -> dist.Store:
-    """The store at a rendezvous, open to this node alone if its address is; RunError if nobody serves it in time."""
+def meet_at(place: Rendezvous, rank: int, size: int, timeout_s: float) -> Meeting:
+    """Meet the other ranks in a store at a rendezvous, open to this node alone if its address is; see `meeting`.
+
+    NoRendezvous if nobody serves it in time, or if what is there does not answer.
+    """
+    where, began = f"{place.address}:{place.port}", time.monotonic()
+    limit_s = timeout_s + ANSWER_GRACE_S + STORE_GRACE_S
+
+    def look() -> None:
+        if time.monotonic() - began > limit_s:
+            raise NoRendezvous(f"no rendezvous at {where}: something there takes connections and does not answer")
+
     try:
-        listener = _loopback_listener(port) if serve and address == "127.0.0.1" else None
-        store = dist.TCPStore(
-            address,
-            port,
-            size,
-            is_master=serve,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
-    except (RuntimeError, OSError) as error:
-        raise RunError(f"no rendezvous at {address}:{port}: {str(error).splitlines()[0]}") from error
-    return dist.PrefixStore(f"fdiff/{attempt}", store)
+        return aside(lambda: meet(_tcp_store(place, size, timeout_s), rank, size, place.job, timeout_s), look)
+    except (dist.DistError, OSError) as error:
+        raise NoRendezvous(f"no rendezvous at {where}: {first_line(error)}") from error
+
+
+def _tcp_store(place: Rendezvous, size: int, timeout_s: float) -> dist.Store:
+    """The bare store; where it is this process that serves it, on the interface of the address only."""
+    alone = place.serve and place.address == "127.0.0.1"
+    return dist.TCPStore(
+        place.address,
+        place.port,
+        size,
+        is_master=place.serve,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=_loopback_listener(place.port).detach() if alone else None,
+    )
 
 
 def _loopback_listener(port: int) -> socket.socket:

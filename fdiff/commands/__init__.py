@@ -2,3 +2,5 @@
 
 A command is a function `run` whose parameters are its flags. No other room imports this one.
 """
+
+from fdiff.runtime import cpp_log  # before `main` imports torch

@@ -16,7 +16,7 @@ from fdiff import checkpoint as checkpoints
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.evaluation import Row, Scoring, ScoringRequest, described, find_warnings, sampling_config, summaries
-from fdiff.federation import Saved, append_jsonl, open_checkpoint, together
+from fdiff.federation import Saved, append_jsonl, on_rank_0, open_together, together
 from fdiff.runtime import cache_folder
 
 NAMES = {"total_variation": "class t.v.", "missing_classes": "missing", "kid_deviation": "± kid"}
@@ -62,35 +62,48 @@ def run(
         all_rounds: Score every checkpoint that the run has kept, oldest first.
         json: Print one JSON object for each checkpoint instead of a table.
     """
-    saved = together(comm, lambda: _open(checkpoint, all_rounds))
+    saved = _open(comm, checkpoint, all_rounds)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: sampling_config(saved[-1].config, **chosen))
     config = replace(config, runtime=runtime, data=replace(config.data, root=root or config.data.root))
     asked = None if metrics is None else tuple(metrics.split(","))
     request = ScoringRequest(images, extractor, weights, asked)
-    scoring = Scoring(comm, device, config, request, cache_folder() / "features")
+    scoring = Scoring(comm, device, config, request, cache_folder("features"))
     for one in saved:
         kinds = (False, True)[: 1 + one.has_ema]
-        rows = [row for ema in kinds for done in scoring.score(one, ema, local=local) for row in done]
+        rows: list[Row] = []
+        for ema in kinds:
+            for done in scoring.score(one, ema, local=local):
+                together(comm, lambda one=one, done=done: _keep(one, done))
+                rows += done
         rows.sort(key=lambda row: (row["ema"], row["client"] or 0))
         together(comm, lambda one=one, rows=rows: _tell(one, rows, json) if comm.rank == 0 else None)
 
 
-def _open(path: Path, all_rounds: bool) -> list[Saved]:
-    kept = checkpoints.generations(path) if all_rounds else []
-    return [open_checkpoint(g.path) for g in kept] or [open_checkpoint(path)]
+def _open(comm: Communicator, path: Path, all_rounds: bool) -> list[Saved]:
+    """The newest checkpoint, or all; the same ones on every rank, which a run that trains on does not take away."""
+    kept = on_rank_0(comm, lambda: [str(g.path) for g in checkpoints.generations(path)] if all_rounds else [])
+    return [open_together(comm, Path(each)) for each in kept or [path]]
+
+
+def _run_of(saved: Saved) -> Path | None:
+    """The folder of the checkpoint's run, if it is still in it."""
+    folder = saved.path.resolve().parents[1]
+    return folder if (folder / "config.yaml").exists() else None
+
+
+def _keep(saved: Saved, rows: list[Row]) -> None:
+    """Append the rows of a model to the run's log at once: what is scored is not lost if the rest fails."""
+    if rows and (run_dir := _run_of(saved)):
+        append_jsonl(run_dir / "scores.jsonl", rows)
 
 
 # --- what rank 0 says ------------------------------------------------------------------------------------------------
 
 
 def _tell(saved: Saved, rows: list[Row], json: bool) -> None:
-    """Append the rows to the run's log, if the checkpoint is still in its run, and print them."""
-    folder = saved.path.resolve().parents[1]
-    run_dir = folder if (folder / "config.yaml").exists() else None
-    if run_dir is not None:
-        append_jsonl(run_dir / "scores.jsonl", rows)
-    found = find_warnings(rows, saved.config, run_dir)
+    """Print the rows."""
+    found = find_warnings(rows, saved.config, _run_of(saved))
     if json:
         print(json_module.dumps(_as_object(saved, rows, found)), flush=True)
         return

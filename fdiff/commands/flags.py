@@ -19,8 +19,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fdiff.commands.config_file import apply_config_file
-from fdiff.config import GROUPS, PRESETS, Config, Method, RuntimeConfig, from_dict, preset, to_dict
+from fdiff.config import GROUPS, PRESETS, Config, Method, RuntimeConfig, flat, from_dict, preset, to_dict
+from fdiff.config_file import apply_config_file
 from fdiff.errors import UserError
 
 COMMANDS = {
@@ -43,8 +43,9 @@ METHOD_HELP = "shared parts: full, usplit (all three), ulatdec (bottleneck and d
 
 @dataclass(frozen=True)
 class Request:
-    """A command ready to be called: its function, its configuration if it takes one, its flags."""
+    """A command ready to be called: its name and function, its configuration if it takes one, its flags."""
 
+    name: str
     run: Callable[..., None]
     arguments: dict[str, Any]
 
@@ -57,6 +58,12 @@ class Request:
     def meets_by_itself(self) -> bool:
         """Whether it runs on all ranks and joins them itself, so that it can say why that fails."""
         return _takes(self.run, "launch")
+
+    @property
+    def folder(self) -> Path:
+        """What it works on: by this two jobs are told apart where no launcher does so."""
+        config, of = self.arguments.get("config"), self.arguments.get
+        return config.run_dir if config else Path(of("checkpoint") or of("out") or of("file") or ".")
 
     @property
     def runtime(self) -> RuntimeConfig:
@@ -73,15 +80,15 @@ def parse(arguments: list[str]) -> Request:
     run = importlib.import_module(f"fdiff.commands.{name}").run
     parser = _parser(name, run)
     if not _takes(run, "config"):
-        return Request(run, _instantiate(run, _parse_flags(parser, flags)))
+        return Request(name, run, _instantiate(run, _parse_flags(parser, flags)))
     base, print_config, flags = _base(flags)
-    parser.set_defaults(_flat(to_dict(base)))
+    parser.set_defaults(flat(to_dict(base)))
     values = _parse_flags(parser, flags)
     config = from_dict({group: values.pop(group) for group in ("method", *GROUPS)})
     if print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         sys.exit(0)
-    return Request(run, {"config": config, **values})
+    return Request(name, run, {"config": config, **values})
 
 
 def _parser(name: str, run: Callable[..., None]) -> ArgumentParser:
@@ -170,12 +177,6 @@ def _base(flags: list[str]) -> tuple[Config, bool, list[str]]:
         file = given.run_dir / "config.yaml" if (given.run_dir / "config.yaml").exists() else None
     base = preset(given.preset) if given.preset else Config()
     return (apply_config_file(base, file) if file else base), given.print_config, rest
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """{"data.beta": 0.5, …} of {"data": {"beta": 0.5, …}, …}."""
-    groups = {f"{g}.{n}": v for g, fields in values.items() if isinstance(fields, dict) for n, v in fields.items()}
-    return {"method": values["method"], **groups}
 
 
 def _instantiate(run: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:

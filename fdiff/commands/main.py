@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fdiff import __version__
-from fdiff.comm import Communicator, LostRanks, agree, connect
+from fdiff.comm import Communicator, LostRanks, NoRendezvous, Stranger, agree, connect
 from fdiff.commands.flags import COMMANDS, Request, parse
+from fdiff.commands.same_request import compare_requests
 from fdiff.config import RuntimeConfig
 from fdiff.errors import RunError, UserError, one_line
-from fdiff.runtime import launcher, set_up
+from fdiff.runtime import killed_for_memory, launcher, set_up
 
 EARLY_S = 60.0  # how long ranks wait for each other to say that the request is bad
 
@@ -35,9 +38,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = launcher.detect()
     except UserError as error:
         return _say(error)
+    _outlive_readers()
     level = logging.INFO if launch.rank == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s")
     return _serve(arguments, launch)
+
+
+class _ReaderMayLeave(io.FileIO):
+    """A stream whose reader, e.g. `head`, may have had enough: what follows goes nowhere, and changes nothing."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def _outlive_readers() -> None:
+    """Make stdout and stderr streams of that kind, unless something else stands in for them, e.g. a test's capture."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__") and stream.fileno() == number:
+            raw = io.BufferedWriter(_ReaderMayLeave(number, "w", closefd=False))
+            buffered = stream.line_buffering or name == "stderr"
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=buffered))
 
 
 def overview() -> str:
@@ -52,6 +77,7 @@ def overview() -> str:
 def _serve(arguments: list[str], launch: launcher.Launch) -> int:
     """Parse, join the other ranks if the command or a failure concerns them all, and call the command."""
     comm: Communicator | None = None
+    killed_before = killed_for_memory()
     try:
         request, device, error = _prepare(arguments, launch)
         if request and request.meets_by_itself:
@@ -61,15 +87,16 @@ def _serve(arguments: list[str], launch: launcher.Launch) -> int:
             if launch.rank == 0:
                 request.run(**request.arguments)
             return 0
-        comm, error = _join(request.runtime if request else RuntimeConfig(timeout_s=EARLY_S), launch, error)
+        comm, error = _join(request, launch, error)
         agree(comm, error)
         assert request is not None and device is not None
+        compare_requests(comm, request)
         comm.open(device, request.runtime.share_gpu)
         request.run(**request.arguments, comm=comm, device=device)
         comm.close()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        return _fail(error, launch, comm)
+        return _fail(error, launch, comm, killed_before)
 
 
 def _prepare(
@@ -86,24 +113,28 @@ def _prepare(
 
 
 def _join(
-    runtime: RuntimeConfig, launch: launcher.Launch, error: UserError | RunError | None
+    request: Request | None, launch: launcher.Launch, error: UserError | RunError | None
 ) -> tuple[Communicator, UserError | RunError | None]:
     """Meet the other ranks; if the runtime asked for does not fit, meet by the default one to say so."""
+    early, folder = RuntimeConfig(timeout_s=EARLY_S), request.folder if request else None
     try:
-        return connect(runtime, launch), error
+        return connect(request.runtime if request else early, launch, folder), error
+    except Stranger as stranger:
+        raise error or stranger from None
     except UserError as refused:
-        return connect(RuntimeConfig(timeout_s=EARLY_S), launch), refused
+        return connect(early, launch, folder), refused
 
 
-def _fail(error: BaseException, launch: launcher.Launch, comm: Communicator | None) -> int:
-    """End a failed command: what all ranks know one of them says, what only this one knows it says itself."""
+def _fail(error: BaseException, launch: launcher.Launch, comm: Communicator | None, killed_before: int) -> int:
+    """End a failed command: what all ranks know one of them says, what only this one knows it says itself.
+
+    `killed_before` processes had been killed for want of memory when it began.
+    """
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, BrokenPipeError):  # the reader, e.g. `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     if comm is None or getattr(error, "agreed", False):
-        status = _say(error, speaks=launch.rank == 0)
+        alone = comm is None and isinstance(error, (Stranger, NoRendezvous, LostRanks))
+        status = _say(error, speaks=alone or launch.rank == 0)
         if comm is not None:
             with contextlib.suppress(Exception):
                 comm.close()
@@ -111,6 +142,8 @@ def _fail(error: BaseException, launch: launcher.Launch, comm: Communicator | No
                 os._exit(status)  # a disk that a writer waits for may never answer
         return status
     speaker = error.speaker if isinstance(error, LostRanks) else comm.rank
+    if isinstance(error, LostRanks) and error.ranks and killed_for_memory() > killed_before:
+        error = RunError(f"{error}; the kernel has killed a process of this job for want of memory")
     status = _say(error, speaks=comm.rank == speaker)
     comm.abort()
     if comm.size > 1:

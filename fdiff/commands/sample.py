@@ -13,7 +13,7 @@ from fdiff.config import Config, RuntimeConfig
 from fdiff.data import check_target, save_images
 from fdiff.errors import UserError
 from fdiff.evaluation import sampling_config
-from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_checkpoint, private_parts, sampling, together
+from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_together, private_parts, sampling, together
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     """
     together(comm, lambda: _check_images(images))
     on_rank_0(comm, lambda: check_target(out))
-    saved = together(comm, lambda: open_checkpoint(checkpoint))
+    saved = open_together(comm, checkpoint)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
     trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))

@@ -6,6 +6,7 @@ The job stops itself before its time is up, commits a checkpoint, requeues itsel
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
 import time as clock
@@ -18,10 +19,12 @@ from typing import Any, Literal
 import yaml
 
 from fdiff import sweeps
-from fdiff.commands.config_file import apply_config_file
 from fdiff.commands.submit_job import Sweeping, Training, load_submitit, slurm_state
 from fdiff.config import Config, RuntimeConfig, to_dict
+from fdiff.config_file import apply_config_file
 from fdiff.errors import RunError, UserError
+from fdiff.federation import check_ranks
+from fdiff.runtime import launcher
 
 LOCAL_REQUEUES = 5  # submitit's local executor starts a job at most six times
 DONE = "COMPLETED"
@@ -52,12 +55,16 @@ def run(
     tasks_per_node: int = 1,
     gpus_per_node: int = 0,
     cpus_per_task: int = 1,
-    time: int = 60,
+    time: str = "60",
     partition: str | None = None,
     account: str | None = None,
     qos: str | None = None,
     constraint: str | None = None,
+    mem: str | None = None,
+    gres: str | None = None,
     comment: str | None = None,
+    sbatch: dict[str, str] | None = None,
+    setup: str | None = None,
     array: str | None = None,
     sweep: str | None = None,
     resume: bool = False,
@@ -65,6 +72,7 @@ def run(
     max_requeues: int = 5,
     log_dir: Path = Path("runs/submitit"),
     wait: bool = False,
+    print_script: bool = False,
 ) -> None:
     """Submit the training.
 
@@ -74,12 +82,17 @@ def run(
         tasks_per_node: Ranks on each node; usually as many as GPUs.
         gpus_per_node: GPUs of each node; 0: the job sees none.
         cpus_per_task: Cores of each rank.
-        time: Time limit in minutes, of one start of the job.
+        time: Time limit of one start of the job, in Slurm's notation: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS,
+            DAYS-HOURS, DAYS-HOURS:MINUTES or DAYS-HOURS:MINUTES:SECONDS.
         partition: Slurm partition.
         account: Slurm account.
         qos: Slurm quality of service.
         constraint: Features that the nodes must have.
+        mem: Memory of each node, e.g. 64G.
+        gres: Generic resources of each node, e.g. gpu:a100:2.
         comment: Comment for Slurm's accounting.
+        sbatch: Any other option of sbatch, by its long name: --sbatch.exclude=node7 --sbatch.reservation=mri.
+        setup: Shell commands that the job runs first, e.g. "module load cuda; conda activate fdiff".
         array: One job for each YAML file of fields, over all other flags: FILE,FILE,... or a folder of *.yaml.
         sweep: Instead of a training the sweep of this YAML file, or of one that ships with fdiff, in run.dir (by
             default runs/NAME of the file); of all other flags of the configuration only --runtime.* may be given.
@@ -88,16 +101,26 @@ def run(
         max_requeues: How often a job may requeue itself.
         log_dir: Folder for logs and submitit's files, on a file system that all nodes share.
         wait: Stay until the jobs have ended, and say how they get on; exit status 1 if one fails.
+        print_script: Print the script that would be given to sbatch, and submit nothing.
     """
     resources = {
         "nodes": nodes,
         "tasks_per_node": tasks_per_node,
         "gpus_per_node": gpus_per_node,
         "cpus_per_task": cpus_per_task,
-        "timeout_min": time,
+        "timeout_min": minutes_of(time),
         "signal_delay_s": notice_s,
     }
-    site = {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "comment": comment}
+    site: dict[str, Any] = {
+        "partition": partition, "account": account, "qos": qos, "constraint": constraint, "mem": mem, "gres": gres,
+        "comment": comment, "setup": [setup] if setup else None, "additional_parameters": sbatch,
+    }  # fmt: skip
+    if cluster == "local" and (given := [name for name, value in site.items() if value]):
+        flag = given[0].replace("additional_parameters", "sbatch")
+        raise UserError(f"--{flag}: is for Slurm; leave it out with --cluster local")
+    if cluster == "local" and print_script:
+        raise UserError("--print_script: with --cluster local there is no script; it is for Slurm")
+    site["additional_parameters"] = {"requeue": True} | (sbatch or {})
     _check(cluster, resources, max_requeues)
     if sweep is None:
         configs = [config] if array is None else [apply_config_file(config, file, "--array") for file in _files(array)]
@@ -106,13 +129,33 @@ def run(
     else:
         tasks = [_sweep(sweep, config, array, nodes * tasks_per_node, log_dir, max_requeues)]
     executor = _executor(cluster, log_dir, resources, {name: value for name, value in site.items() if value})
-    jobs = executor.submit_array([task.call for task in tasks])
+    if print_script:
+        print(executor._make_submission_file_text(executor._submitit_command_str, "PRINTED"))
+        return
+    jobs = _submit(executor, [task.call for task in tasks])
     for job, task in zip(jobs, tasks, strict=True):
         print(f"job {job.job_id}  run {task.folder}  log {_log(job)}")
     stop = "kill" if cluster == "local" else "scancel"
-    print(f"follow:  tail -F {shlex.quote(str(_log(jobs[0])))}\nstop:    {stop} {jobs[0].job_id}", flush=True)
+    ids = " ".join(job.job_id for job in jobs)
+    print(f"follow:  tail -F {shlex.quote(str(_log(jobs[0])))}\nstop:    {stop} {ids}", flush=True)
     if wait:
         _wait(jobs, tasks, cluster)
+
+
+def minutes_of(text: str) -> int:
+    """Slurm's notation of a time limit in whole minutes, rounded up; UserError if it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        raise UserError(f"--time: {text!r} is not valid; give it as Slurm does, e.g. 90, 4:00:00, 1-12 or 2-00:30:00")
+    days, *numbers = (int(number) if number else None for number in match.groups())
+    first, second, third = numbers
+    if days is not None:
+        seconds = 86_400 * days + 3600 * first + 60 * (second or 0) + (third or 0)
+    elif third is not None:
+        seconds = 3600 * first + 60 * second + third
+    else:
+        seconds = 60 * first + (second or 0)
+    return -(-seconds // 60)
 
 
 # --- before the queue ----------------------------------------------------------------------------------------------
@@ -142,17 +185,11 @@ def _check(cluster: str, resources: dict[str, int], max_requeues: int) -> None:
         raise UserError(f"--max_requeues: {max_requeues} is not valid; it must be {right}")
 
 
-def _check_ranks(config: Config, ranks: int) -> None:
-    clients = config.federation.clients
-    if ranks > clients:
-        raise UserError(f"--nodes, --tasks_per_node: {ranks} ranks for {clients} clients; at most one each")
-
-
 def _check_runs(configs: Sequence[Config], ranks: int, resume: bool) -> None:
     """What each job would only find out after it waited in the queue. UserError."""
     for config in configs:
         folder = config.run_dir
-        _check_ranks(config, ranks)
+        check_ranks(config, ranks)
         if not resume and folder.exists():
             raise UserError(f"run.dir: '{folder}' exists already; choose another, or pass --resume to go on from it")
         if sum(other.run_dir == folder for other in configs) > 1:
@@ -171,7 +208,7 @@ def _sweep(
     out = Path(config.run.dir or f"runs/{path.stem}").absolute()
     runs = [cell.config for cell in sweeps.read(path, out, config.runtime).cells]
     for run in runs:
-        _check_ranks(run, ranks)
+        check_ranks(run, ranks)
     given = {n: v for n, v in to_dict(config.runtime).items() if v is not None}
     flags = tuple(f"--runtime.{n}={str(v).lower() if v in (True, False) else v}" for n, v in given.items())
     file = _keep(path.read_text(encoding="utf-8"), log_dir)
@@ -190,7 +227,7 @@ def _keep(text: str, log_dir: Path) -> Path:
     return file
 
 
-def _executor(cluster: str, log_dir: Path, resources: dict[str, int], site: dict[str, str]) -> Any:
+def _executor(cluster: str, log_dir: Path, resources: dict[str, int], site: dict[str, Any]) -> Any:
     """submitit's executor for jobs like this; UserError if there is no submitit or no Slurm."""
     submitit = load_submitit()
     if cluster == "local":
@@ -208,9 +245,18 @@ def _executor(cluster: str, log_dir: Path, resources: dict[str, int], site: dict
         # Ranks that wait for one that ended are killed, but not at once: a rank's status must be its own. Since Slurm
         # 22.05 srun does not take cpus-per-task over from the job.
         srun_args=["--wait=30", f"--cpus-per-task={resources['cpus_per_task']}"],
-        additional_parameters={"requeue": True},
     )
     return executor
+
+
+def _submit(executor: Any, calls: Sequence[Callable[[], None]]) -> Sequence[Any]:
+    """Hand the jobs over, without what a job around this process has in its environment; UserError in Slurm's words."""
+    with launcher.without_a_job():
+        try:
+            return executor.submit_array(calls)
+        except load_submitit().core.utils.FailedJobError as error:
+            said = [line for line in str(error).splitlines() if "sbatch: error" in line] or [str(error)]
+            raise UserError(f"--cluster: Slurm refuses the job: {' '.join(' '.join(said).split())}") from None
 
 
 # --- after it ------------------------------------------------------------------------------------------------------

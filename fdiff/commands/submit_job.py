@@ -7,7 +7,6 @@ requeue the job. submitit's own handler would requeue, and so kill the job, at t
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import re
@@ -24,13 +23,12 @@ from types import ModuleType
 from typing import Any
 
 from fdiff.errors import UserError
-from fdiff.runtime import launcher
+from fdiff.runtime import die_with_parent, launcher
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 TIME_IS_UP, TERMINATED, CANCELLED = STOPPED = tuple(128 + n for n in SIGNALS)  # of a training that was told to stop
 FAILED = (1, 2)  # of one that has said why, or whose other ranks have
 GRACE_S = 5.0  # for the others to find out by themselves that a rank is lost, and to say so
-SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def load_submitit() -> ModuleType:
@@ -190,12 +188,8 @@ def supervise(command: Sequence[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
-    child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
     for number in tuple(asked):
         child.send_signal(number)
     status = child.wait()
     return 128 - status if status < 0 else status
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)

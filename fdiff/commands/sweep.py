@@ -7,16 +7,17 @@ The file has a preset, fields over it, a grid of values, and how to score; those
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from fdiff import sweeps
-from fdiff.comm import Communicator
+from fdiff.comm import Communicator, exchange_json
 from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
 from fdiff.federation import on_rank_0, together, write_atomically
-from fdiff.runtime import cache_folder, heeding_signals
+from fdiff.runtime import cache_folder, heeding_signals, launcher
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,19 @@ def run(
     folder = out or Path("runs") / path.stem
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     failed: dict[str, str] = {}
-    with heeding_signals() as stop:
+    cache = cache_folder("features")
+    sweeps.check_before_training(sweep, comm, device, cache)
+    with heeding_signals(launcher.started_by()) as stop:
         for i, cell in enumerate(sweep.cells):
             if comm.rank == 0:
                 log.info("[%d/%d] %s", i + 1, len(sweep.cells), cell.name)
             try:
-                sweeps.bring_to_end(sweep, cell, comm, device, cache_folder() / "features", stop)
+                sweeps.bring_to_end(sweep, cell, comm, device, cache, stop)
+            except Interrupted as error:
+                raise _interrupted(error) from None
             except (UserError, RunError) as error:
-                if isinstance(error, Interrupted) or not error.agreed:  # not what this cell alone is to blame for
+                # Others than this cell are to blame if not all ranks know of it, or if it comes of being told to stop.
+                if not error.agreed or any(exchange_json(comm, stop.number is not None)):
                     raise
                 failed[cell.name] = str(error)
             on_rank_0(comm, lambda: _write(sweep, folder))
@@ -54,9 +60,18 @@ def run(
         raise outcome
 
 
+def _interrupted(error: Interrupted) -> Interrupted:
+    stopped = Interrupted(error.number, "what is complete is kept; call the same sweep again to go on")
+    stopped.agreed = error.agreed
+    return stopped
+
+
 def _write(sweep: sweeps.Sweep, folder: Path) -> None:
     """The table of what is complete so far, in three formats."""
-    results = [line for cell in sweep.cells for line in sweeps.result(sweep, cell)]
+    results = []
+    for cell in sweep.cells:
+        with suppress(UserError):  # which is said when it is that cell's turn
+            results += sweeps.result(sweep, cell)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "table.txt", sweeps.as_text(results) + "\n")
     write_atomically(folder / "table.csv", sweeps.as_csv(results))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fdiff import federation
+from fdiff.checkpoint import generations
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.federation import Federator, methods_table
-from fdiff.runtime import heeding_signals
+from fdiff.runtime import heeding_signals, launcher
 
 
 def run(config: Config, comm: Communicator, device: torch.device, *, resume: bool = False) -> None:
@@ -17,13 +20,20 @@ def run(config: Config, comm: Communicator, device: torch.device, *, resume: boo
     Args:
         resume: Go on from the newest complete checkpoint of the run folder, if it has one.
     """
-    with heeding_signals() as stop:
+    with heeding_signals(launcher.started_by()) as stop:
         folder = federation.run(config, comm, device, resume, stop)
     if comm.rank != 0:
         return
     fed = config.federation
     print(f"\nrun folder   {folder}")
-    if config.sample.every:
-        print(f"sample grid  {Federator(config).grid_path(fed.rounds)}")
+    if (done := newest_round(folder)) > fed.rounds:
+        print(f"it has {done} rounds already, more than federation.rounds {fed.rounds}: nothing was trained")
+    if (grid := Federator(config).grid_path(max(done, fed.rounds))).exists():
+        print(f"sample grid  {grid}")
     print(f"\nwhat each method communicates in {fed.rounds} rounds with {fed.clients} clients on {comm.size} ranks:")
     print(methods_table(config, comm.size))
+
+
+def newest_round(folder: Path) -> int:
+    """The round of a run's newest checkpoint."""
+    return generations(folder)[-1].round

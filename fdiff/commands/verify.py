@@ -1,4 +1,4 @@
-"""Read every file and dataset of a checkpoint, or of all checkpoints of a run, and say what is sound and what is not.
+"""Read every file and dataset of a checkpoint, or of all of a run and its logs, and say what is sound and what is not.
 
 Exit status 1 if anything is damaged; each problem is one line.
 """
@@ -11,16 +11,17 @@ import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
 from fdiff.errors import RunError, UserError
-from fdiff.federation import find_problems
+from fdiff.federation import find_gaps, find_problems
 
 
 def run(checkpoint: Path) -> None:
     """Verify.
 
     Args:
-        checkpoint: Folder of a checkpoint, or of a run: then all its checkpoints.
+        checkpoint: Folder of a checkpoint, or of a run: then all its checkpoints and its logs.
     """
     wrong = [line for path in folders(checkpoint) for line in report(path)]
+    wrong += find_gaps(checkpoint)
     for line in wrong:
         print(f"damaged  {line}")
     if wrong:

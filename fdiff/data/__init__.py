@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from fdiff.data.cifar10 import CIFAR10_URL
 from fdiff.data.images import normalise
+from fdiff.data.listing import first_difference, list_source
+from fdiff.data.loaders import PATIENCE_S
 from fdiff.data.opening import open_client_source, open_source
 from fdiff.data.pictures import check_target, save_grid, save_images
 from fdiff.data.shards import Shard

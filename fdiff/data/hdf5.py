@@ -18,7 +18,7 @@ def read_hdf5(path: Path, split: str) -> Split:
     """All images of the file's `train` or `test` split; without labels all are 0. UserError says what is wrong."""
     prefix = "" if split == "train" else f"{split}_"
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             if prefix and f"{prefix}images" not in file:
                 raise UserError(f"{path}: has no {split} split; put its images into a dataset {prefix}images")
             images = _images(path, file, f"{prefix}images")

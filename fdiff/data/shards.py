@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from fdiff.data.loaders import PATIENCE_S, load
 from fdiff.data.sources import Source
-from fdiff.errors import RunError, UserError, first_line
+from fdiff.errors import UserError
 from fdiff.runtime import free_memory
 
 FILL_BATCH = 256  # images read at once while a shard is brought to its device
@@ -23,7 +22,8 @@ class Shard:
     """The images of `source` at `indices` (n,), of one client, on `device`.
 
     `in_memory` as `data.in_memory`; `auto` weighs the images against the memory that is free at this moment.
-    `workers` processes decode image files (0: this one does). `labels` is (n,), int64, on the host.
+    `workers` processes decode image files (0: this one does) and are given up after `patience_s` without a batch.
+    `labels` is (n,), int64, on the host.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Shard:
         *,
         in_memory: Literal["auto", "always", "never"] = "auto",
         workers: int = 2,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._source, self._indices = source, np.asarray(indices, dtype=np.int64)
-        self._device, self._workers = torch.device(device), workers
+        self._device, self._workers, self._patience_s = torch.device(device), workers, patience_s
         self.labels = torch.from_numpy(source.labels[self._indices])
         self._device_labels = self.labels.to(self._device)
         keep = in_memory == "always" or (in_memory == "auto" and 2 * self._bytes <= free_memory(self._device))
@@ -86,51 +87,10 @@ class Shard:
         return images
 
     def _load(self, order: np.ndarray, batch_size: int, workers: int) -> Iterator[Tensor]:
-        """The images at positions `order` batch by batch, from a DataLoader, on the device."""
+        """The images at positions `order` batch by batch, on the device."""
         rows = self._indices[order]
         cuts = [rows[cut : cut + batch_size] for cut in range(0, len(rows), batch_size)]
-        loader = DataLoader(
-            _Batches(self._source),
-            batch_sampler=cuts,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=self._device.type == "cuda",
-            multiprocessing_context="fork" if workers else None,  # the source is inherited, not copied
-            generator=torch.Generator(),  # or the loader would draw from torch's global one
-        )
-        try:
-            for batch in _started(loader):
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch.to(self._device, non_blocking=True)
-        except RuntimeError as error:  # a worker that was killed
-            raise RunError(f"loading {self._source.name} failed: {first_line(error)}") from error
-
-
-def _started(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches. Its workers inherit what is blocked, from their first moment, and leave it to the rank.
-
-    Launchers signal whole process groups; a worker that ended at once would fail the step that is to be finished.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Batches(Dataset):
-    """Whole batches for a DataLoader. An error is a value: raised in a worker it comes with a traceback."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __getitems__(self, indices: np.ndarray) -> Tensor | UserError:
-        try:
-            return self._source.images(indices)
-        except UserError as error:
-            return error
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        for batch in load(self._source, cuts, workers, self._patience_s):
+            if self._device.type == "cuda":
+                batch = batch.pin_memory()
+            yield batch.to(self._device, non_blocking=True)

@@ -74,13 +74,13 @@ class FileSource:
     def __init__(self, split: Split, side: int, channels: int) -> None:
         self.name, self.labels = split.name, split.labels.astype(np.int64)
         self.shape = (channels, side, side)
-        self._paths = split.images
+        self.paths = split.images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, index: int) -> Tensor:
-        return read_image(self._paths[index], self.shape[1], self.shape[0])
+        return read_image(self.paths[index], self.shape[1], self.shape[0])
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)

@@ -76,7 +76,8 @@ class Scoring:
         real = self._real.moments.n
         self._images = images_by_default(real) if wanted.images is None else wanted.images
         together(comm, lambda: self._metrics.check(self._images, real))
-        self._trainer = together(comm, lambda: Trainer(config, device))
+        self._device = device
+        self._trainer: Trainer | None = None
 
     def score(
         self,
@@ -145,14 +146,16 @@ class Scoring:
         progress_of: Callable[[sampling.Batch], sampling.Progress],
     ) -> list[ImageFeatures]:
         """What the extractor sees of this rank's batches of one model."""
-        if own:
-            self._trainer.buckets.flat.copy_(_parameters(saved, own[0].model, ema, local))
-        images = (sampling.draw(self._trainer, self._config, batch, progress_of(batch)) for batch in own)
+        if not own:
+            return []
+        trainer = self._trainer = self._trainer or Trainer(self._config, self._device)
+        trainer.buckets.flat.copy_(_parameters(saved, own[0].model, ema, local))
+        images = (sampling.draw(trainer, self._config, batch, progress_of(batch)) for batch in own)
         return [ImageFeatures.of(self._metrics.extractor, of_batch) for of_batch in images]
 
     def _score_one(self, cut: list[sampling.Batch], seen: list[ImageFeatures]) -> dict[str, Any]:
         """On rank 0 the scores of the model whose batches are in `cut`, of which this rank saw `seen`."""
-        own = ImageFeatures.joined(seen, self._metrics.extractor, self._trainer.device)
+        own = ImageFeatures.joined(seen, self._metrics.extractor, self._device)
         fake, features = self._sum(own), None
         if self._metrics.needs_features:
             with self._comm.ledger.purpose("statistics"):

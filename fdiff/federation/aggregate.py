@@ -89,6 +89,21 @@ class Aggregation:
             if set(those) < set(reporters):
                 self._out[span].mul_(self._total(reporters) / self._total(those))
 
+    def state(self) -> dict[str, Tensor]:
+        """What was added so far; see `restore`."""
+        terms = {f"term-{i}-{k}": t for i, terms in enumerate(self._terms) for k, t in enumerate(terms)}
+        reserve = {"reserve": self._reserve} if self._reserve is not None and self._keeps_reserve else {}
+        return {"sum": self._out, **terms, **reserve}
+
+    def restore(self, added: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        """Go on after these clients were added, from the `state` then, in place of adding them again."""
+        self._out.copy_(state["sum"])
+        self._reserve = state["reserve"].to(self._out.device) if "reserve" in state else self._out
+        for i, (_, reporters) in enumerate(self._segments):
+            self._started[i] = any(client in reporters for client in added)
+            terms = [state[name] for k in range(len(added)) if (name := f"term-{i}-{k}") in state]
+            self._terms[i] = [term.to(self._out.device) for term in terms]
+
     def _left(self, i: int, dropped: Collection[int]) -> tuple[int, ...]:
         """The clients that report a segment; if one steps in for all who were to, it is now its rank's term."""
         span, reporters = self._segments[i]

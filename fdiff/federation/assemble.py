@@ -5,22 +5,35 @@ Every rank calls these functions; they end in a vote, so that what one rank lack
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import secrets
 import socket
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from fdiff import checkpoint
 from fdiff.checkpoint import VISIBLE_S, Committer
 from fdiff.comm import Communicator, agree, exchange_json
 from fdiff.config import Config
-from fdiff.data import Shard, check_labels, open_client_source, open_source
+from fdiff.data import (
+    PATIENCE_S,
+    Shard,
+    Source,
+    check_labels,
+    first_difference,
+    list_source,
+    open_client_source,
+    open_source,
+)
 from fdiff.data import partition as partitions
 from fdiff.errors import UserError
 from fdiff.federation import snapshot
@@ -31,7 +44,9 @@ from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.validate import has_client_files, private_parts
 from fdiff.federation.voting import together
 from fdiff.plan import RoundPlan, hosted_by
-from fdiff.runtime import free_memory
+from fdiff.runtime import free_memory, launcher
+
+log = logging.getLogger(__name__)
 
 Labels = dict[int, int]  # images of each label
 
@@ -76,10 +91,10 @@ class RankSetup:
 def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> RankSetup:
     """The clients that this rank hosts, ready to train. UserError if there are fewer clients than ranks."""
     clients = config.federation.clients
-    together(comm, lambda: _check_ranks(clients, comm.size))
+    together(comm, lambda: check_ranks(config, comm.size))
     _check_memory(config, comm, device)
     hosted = hosted_by(comm.rank, clients, comm.size)
-    shards, labels = together(comm, lambda: open_shards(config, hosted, device))
+    shards, labels = open_shards(config, comm, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
@@ -99,13 +114,16 @@ def _setting(
     for row, counts in zip(clients, labels, strict=False):
         row["labels"] = counts
     return {
+        "job": launcher.job_name(comm.outlives),
         "communicator": comm.name,
         "ranks": [{fact: rank[fact] for fact in here} for rank in everyone],
         "clients": clients,
     }
 
 
-def _check_ranks(clients: int, ranks: int) -> None:
+def check_ranks(config: Config, ranks: int) -> None:
+    """UserError if a rank would have no client."""
+    clients = config.federation.clients
     if ranks > clients:
         raise UserError(f"federation.clients: {clients} clients cannot occupy {ranks} ranks; start at most {clients}")
 
@@ -130,34 +148,70 @@ def _committer(config: Config, comm: Communicator) -> Committer:
     return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, comm.rank == 0, visible_s)
 
 
-def open_shards(config: Config, clients: range, device: torch.device) -> tuple[list[Shard], list[Labels]]:
+def open_shards(
+    config: Config, comm: Communicator, clients: range, device: torch.device
+) -> tuple[list[Shard], list[Labels]]:
     """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had.
 
     Also the label counts of all clients where this rank splits one data set among them; none where they are private.
+    Every rank calls it, and all fail alike.
     """
     data, labels = config.data, list[Labels]()
     if data.partition == "private":
-        sources = [open_client_source(data, client, "train") for client in clients]
+        sources = together(comm, lambda: [open_client_source(data, client, "train") for client in clients])
         pairs = [(source, np.arange(len(source))) for source in sources]
     else:
-        source = open_source(data, "train")
-        split = partitions.partition_indices(
-            source.labels, data.partition, config.federation.clients, data.beta, data.seed
+        source = together(comm, lambda: open_source(data, "train"))
+        _check_same_data(comm, source, data.root)
+        split = together(
+            comm,
+            lambda: partitions.partition_indices(
+                source.labels, data.partition, config.federation.clients, data.beta, data.seed
+            ),
         )
         labels = partitions.label_counts(source.labels, split)
         pairs = [(source, split[client]) for client in clients]
-    for source, _ in pairs:
-        check_labels(source, config.model.classes)
-    return [Shard(s, indices, device, in_memory=data.in_memory, workers=data.workers) for s, indices in pairs], labels
+
+    def shards() -> list[Shard]:
+        for source, _ in pairs:
+            check_labels(source, config.model.classes)
+        how = {"in_memory": data.in_memory, "workers": data.workers, "patience_s": _patience_s(config)}
+        return [Shard(source, indices, device, **how) for source, indices in pairs]
+
+    return together(comm, shards), labels
 
 
-def resume_from(rank: RankSetup) -> int:
-    """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet."""
+def _patience_s(config: Config) -> float:
+    """For loader processes: less than the other ranks wait for this one, so that it is this one that says why."""
+    return min(PATIENCE_S, config.runtime.timeout_s / 2)
+
+
+def _check_same_data(comm: Communicator, source: Source, root: str | None) -> None:
+    """UserError on every rank if they are about to split different images; it names the first that differs."""
+    if comm.size == 1:
+        return
+    lines = together(comm, lambda: list_source(source, root))
+    if len(set(exchange_json(comm, blake3("\n".join(lines).encode()).hexdigest()))) == 1:
+        return
+    lists = [json.loads(zlib.decompress(sent)) for sent in comm.exchange(zlib.compress(json.dumps(lines).encode()))]
+    error = UserError(f"data.root: the ranks see different images: {first_difference(lists)}; give all the same")
+    error.agreed = True
+    raise error
+
+
+def resume_from(rank: RankSetup) -> tuple[int, dict[str, list[Any]] | None]:
+    """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet.
+
+    Also the rows of the logs that it holds, if it does.
+    """
     comm, run_dir = rank.comm, rank.config.run_dir
     # Rank 0 alone decides which one is whole: two ranks that look for themselves might see two different ones.
     newest = together(comm, lambda: snapshot.newest_sound(run_dir) if comm.rank == 0 else None)
     round = exchange_json(comm, newest.round if newest else 0)[0]
-    if round:
-        folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
-        together(comm, lambda: snapshot.restore(folder, rank.host, rank.images))
-    return round
+    if not round:
+        return 0, None
+    folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
+    saved = together(comm, lambda: snapshot.restore(folder, rank.host, rank.images))
+    if comm.rank == 0 and (changed := snapshot.changed_arithmetic(saved, rank.config)):
+        log.warning("--resume: other values of %s: the result will not have the digits of one start", changed)
+    return round, saved.get("logs")

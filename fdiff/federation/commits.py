@@ -34,8 +34,9 @@ class Commits:
         rank = self._rank
         self._without_ema = round.plan if rank.config.optim.ema and round.ema is None else None
         with self._votes.keeping_errors("checkpoint"):
+            logs = self._federator.rows if rank.committer.leads else None
             self.prepared = snapshot.contents(
-                rank.host, rank.images, round.metrics, round.ema, round.images, rank.committer.leads, self._copies
+                rank.host, rank.images, round.metrics, round.ema, round.images, logs, self._copies
             )
 
     def start(self) -> None:

@@ -18,8 +18,8 @@ from fdiff import __version__
 from fdiff.config import Config, from_dict, to_dict
 from fdiff.errors import UserError, one_line
 from fdiff.federation.client import build_model
-from fdiff.federation.snapshot import Saved, private_parts
-from fdiff.federation.validate import layout_for
+from fdiff.federation.saved import Saved
+from fdiff.federation.validate import layout_for, private_parts
 from fdiff.model import PARTS, Buckets, UNet
 
 FORMAT = "fdiff/1"

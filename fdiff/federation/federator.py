@@ -21,10 +21,9 @@ import logging
 import math
 import os
 import platform
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -35,13 +34,15 @@ from fdiff import __version__, checkpoint
 from fdiff.config import Config, to_dict
 from fdiff.data import save_grid
 from fdiff.errors import UserError, one_line
-from fdiff.runtime import launcher
+from fdiff.federation import logs
+from fdiff.federation.logs import Row
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-LOGS = ("rounds.jsonl", "clients.jsonl")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # Lustre and NFS, depending on how they are mounted
+FRUITLESS_STARTS = ".fruitless-starts"
+ENOTSUPP = 524  # of the kernel's own, which the C library does not know
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)  # Lustre and NFS, depending on how they are mounted
 
 
 class Federator:
@@ -49,22 +50,24 @@ class Federator:
 
     def __init__(self, config: Config) -> None:
         self.config, self.dir = config, config.run_dir
+        self.rows: dict[str, list[Row]] = {}
+        """The rows of the logs so far."""
         self._events: Any = None
 
-    def was_started_again(self) -> bool:
+    def made_by(self, job: str | None) -> bool:
         """Whether this job made the run folder itself, before its launcher started it again: then it is to go on.
 
         If the folder does not say so in a way that can be read, it is somebody else's, and `open` refuses it.
         """
         file = self.dir / "setting.json"
-        if not launcher.restarts() or not file.exists():
+        if job is None or not file.exists():
             return False
         try:
             setting = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             log.warning("%s cannot be read (%s), so nobody knows which job made this run", file, one_line(error))
             return False
-        return isinstance(setting, dict) and setting.get("job") == launcher.job_name()
+        return isinstance(setting, dict) and setting.get("job") == job
 
     def open(self, resume: bool) -> None:
         """Make the run folder; UserError if it exists and is not to be resumed, or cannot be written."""
@@ -77,34 +80,47 @@ class Federator:
             )
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.dir / LOCK)
+            lock(self.dir / LOCK)
         except BlockingIOError:
             raise UserError(f"run.dir: '{self.dir}' is in use by another job; choose another folder") from None
         except OSError as error:
             raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
 
-    def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
-        """Write down configuration and setting (see `assemble`); forget what the logs say of rounds after the last one.
+    def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:
+        """Write down configuration and setting (see `assemble`); have the logs end with the last round.
 
-        `last_round` is the one to go on from, 0 for none.
+        `last_round` is the one to go on from, 0 for none; `saved` are the rows that its checkpoint holds, if it does.
         """
-        write_atomically(self.dir / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        versions = {"fdiff": __version__, "python": platform.python_version(), "torch": torch.__version__}
-        here = {"system": platform.platform(), "job": launcher.job_name()}
-        write_atomically(self.dir / "setting.json", json.dumps({**versions, **here, **setting}))
+        if last_round < self.config.federation.rounds:  # else nothing follows that this would describe
+            logs.write_atomically(self.dir / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            versions = {"fdiff": __version__, "python": platform.python_version(), "torch": torch.__version__}
+            here = {"system": platform.platform()}
+            logs.write_atomically(self.dir / "setting.json", json.dumps({**versions, **here, **setting}))
         for folder in (self.dir / "samples", checkpoint.root(self.dir)):
             folder.mkdir(exist_ok=True)
         for aside in checkpoint.clean(self.dir, last_round):
             log.warning("a damaged checkpoint newer than round %d is now %s", last_round, aside)
-        for name in (*LOGS, "scores.jsonl"):
-            kept = [row for row in read_jsonl(self.dir / name) if row["round"] <= last_round]
-            write_atomically(self.dir / name, "".join(json.dumps(row) + "\n" for row in kept))
+        if mended := logs.restore_logs(self.dir, last_round, saved):
+            names = ", ".join(mended)
+            log.warning("%s: %s had lost rows, and is whole again up to round %d", self.dir, names, last_round)
+        self.rows = {name: logs.read_jsonl(self.dir / f"{name}.jsonl") for name in logs.LOGS}
         for grid in (self.dir / "samples").glob("round-*.png"):
             if int(grid.stem.removeprefix("round-")) > last_round:
                 grid.unlink()
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
 
         self._events = SummaryWriter(str(self.dir / "tensorboard"), purge_step=last_round + 1)
+
+    def count_start(self, fruitful: bool) -> int:
+        """Note whether this start came to anything; how many in a row now have not."""
+        file = self.dir / FRUITLESS_STARTS
+        try:
+            before = int(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = 0
+        count = 0 if fruitful else before + 1
+        logs.write_atomically(file, f"{count}\n")
+        return count
 
     def bar(self, round: int, steps: int) -> tqdm:
         """A progress bar over this rank's optimizer steps of a round, where a person watches."""
@@ -113,8 +129,9 @@ class Federator:
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Append a round and its clients to the logs, and say it in one line. On the disk they are after `sync`."""
-        append_jsonl(self.dir / "clients.jsonl", clients, sync=False)
-        append_jsonl(self.dir / "rounds.jsonl", [metrics], sync=False)
+        for name, rows in (("clients", list(clients)), ("rounds", [metrics])):
+            logs.append_jsonl(self.dir / f"{name}.jsonl", rows, sync=False)
+            self.rows[name] += rows
         for name in ("loss", "images_per_s", "wire_bytes", "communicated_parameters"):
             self._events.add_scalar(f"round/{name}", metrics[name], metrics["round"])
         for client in clients:
@@ -131,9 +148,8 @@ class Federator:
 
     def sync(self) -> None:
         """Have the logs on the disk: before the checkpoint of a round becomes visible its rows must be there."""
-        for name in LOGS:
-            with _appending(self.dir / name) as file:
-                os.fsync(file.fileno())
+        for name in logs.LOGS:
+            logs.sync_log(self.dir / f"{name}.jsonl")
 
     def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
         """Save uint8 images (n, C, S, S), if any, as this round's grid; with `row_each` a row of each client."""
@@ -156,15 +172,21 @@ class Federator:
 class NoFederator:
     """A federator on a rank that is not the federator."""
 
-    def was_started_again(self) -> bool:
+    rows: dict[str, list[Row]] = {}
+
+    def made_by(self, job: str | None) -> bool:
         """It cannot say."""
         return False
 
     def open(self, resume: bool) -> None:
         """Nothing."""
 
-    def begin(self, last_round: int, setting: Mapping[str, Any]) -> None:
+    def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:
         """Nothing."""
+
+    def count_start(self, fruitful: bool) -> int:
+        """Rank 0 knows."""
+        return 0
 
     def bar(self, round: int, steps: int) -> tqdm:
         """An invisible one."""
@@ -188,8 +210,19 @@ def federator_on(config: Config, rank: int) -> Federator | NoFederator:
     return Federator(config) if rank == 0 else NoFederator()
 
 
-def lock(path: Path) -> int:
-    """Hold the file for as long as this process lives; BlockingIOError if another process does.
+_locks: list[int] = []
+
+
+def _leave_locks_to_parent() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
+def lock(path: Path) -> None:
+    """Hold the file for as long as this process lives, its children apart; BlockingIOError if another process does.
 
     Some file systems have no locks; there the user must see to it, and is told so.
     """
@@ -201,41 +234,4 @@ def lock(path: Path) -> int:
             os.close(descriptor)
             raise
         log.warning("%s cannot be locked (%s); let no other job use this run folder", path, error.strerror)
-    return descriptor
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; none if it does not exist. A last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def append_jsonl(path: Path, rows: Iterable[dict[str, Any]], sync: bool = True) -> None:
-    """Append one line a row; with `sync` they are on the disk on return. OSError if the file is a link elsewhere."""
-    with _appending(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _appending(path: Path) -> TextIO:
-    return open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a", encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text in one step; on return it is on the disk. A link is replaced, not followed."""
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    checkpoint.sync_folder(path.parent)
+    _locks.append(descriptor)

@@ -14,7 +14,7 @@ from fdiff.comm import exchange_json
 from fdiff.errors import RunError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.assemble import RankSetup
-from fdiff.federation.client import Report
+from fdiff.federation.client import Client, Report
 from fdiff.plan import RoundPlan, communicated_parameters, round_half_up, wire_bytes
 
 Row = dict[str, Any]
@@ -24,10 +24,10 @@ Row = dict[str, Any]
 class Round:
     """A round under way, as one rank sees it; each step of the round loop adds what it finds.
 
-    `plan` is what happens: after clients were dropped, without them. `reports` and
-    `failures` (why training failed, by client) are of this rank's clients, `dropped` are the failures of all ranks.
-    `ema` (n,) is the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the sample grid
-    on rank 0; both None in rounds without them. `metrics` is the round's row of the log.
+    `plan` is what happens: after clients were dropped, without them. `reports` and `failures` (why training failed, by
+    client) are of this rank's clients, the first `taken_up` reports of an earlier start; `dropped` are the failures of
+    all ranks. `ema` (n,) is the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the
+    sample grid on rank 0; both None in rounds without them. `metrics` is the round's row of the log.
     """
 
     plan: RoundPlan
@@ -35,10 +35,15 @@ class Round:
     reports: list[Report] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)
+    taken_up: int = 0
     ema: Tensor | None = None
     images: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     metrics: Row = field(default_factory=dict)
+
+    def is_done(self, client: Client) -> bool:
+        """Whether a client of this rank has trained, or has failed to."""
+        return client.index in self.failures or any(report.client == client.index for report in self.reports)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

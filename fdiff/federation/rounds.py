@@ -5,6 +5,8 @@ Every rank runs this loop. Every rank reaches each collective in the same order,
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -12,18 +14,23 @@ import torch
 
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
-from fdiff.errors import Interrupted
+from fdiff.errors import Interrupted, RunError
 from fdiff.federation.assemble import RankSetup, resume_from, set_up_rank
 from fdiff.federation.client import Client
 from fdiff.federation.commits import Commits
 from fdiff.federation.dropped_clients import agree_on_dropped, train_or_undo
 from fdiff.federation.federator import federator_on
 from fdiff.federation.moving_average import average_ema
+from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
 from fdiff.federation.sampling import draw_grid
 from fdiff.federation.voting import Votes
 from fdiff.plan import plan_round
-from fdiff.runtime import Stop
+from fdiff.runtime import Stop, launcher
+
+log = logging.getLogger(__name__)
+
+FRUITLESS = 2  # so many starts in a row that came to nothing, and a job is not to be started again
 
 
 def run(
@@ -60,6 +67,8 @@ class Federation:
         self.federator = federator_on(config, comm.rank)
         self.votes = Votes(comm)
         self._last = 0  # the last complete round
+        self._began_with = 0  # the one before the first round of this start
+        self._under_way: Round | None = None
 
     # --- the algorithm
 
@@ -76,21 +85,25 @@ class Federation:
         """Every rank computes the same plan, without a message: which clients train, and who reports which part."""
         fed = self.config.federation
         plan = plan_round(self.config.method, fed.clients, number, self.config.run.seed, fed.fraction)
-        return Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters"))
+        self._under_way = Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters"))
+        return self._under_way
 
     def train(self, round: Round) -> None:
         """Every rank trains the selected ones of its clients in turn, E epochs each, and takes what they report.
 
-        Then all vote, and agree on the clients without which the round goes on.
+        Those that a start before has kept of this round are done. Then all vote, and agree on the clients without which
+        the round goes on.
         """
         host, plan = self.rank.host, round.plan
-        selected = [client for client in host.clients if client.index in plan.selected]
         with round.timed("train"):
             with self.votes.keeping_errors():
                 self.rank.committer.check()
                 self.stop.check()
-            with self.federator.bar(plan.round, host.trainer.steps(selected)) as bar:
-                for client in selected:
+                if plan.round == self._began_with + 1:
+                    take_up_clients(round, self.rank)
+            waiting = [client for client in host.clients if client.index in plan.selected and not round.is_done(client)]
+            with self.federator.bar(plan.round, host.trainer.steps(waiting)) as bar:
+                for client in waiting:
                     if not self.votes.error:
                         self._train_client(client, round, bar.update)
             self.votes.vote()
@@ -111,8 +124,9 @@ class Federation:
             if self.config.optim.ema and (shown or self.config.saves(number)):
                 round.ema = average_ema(self.rank, self.votes, round.plan, host.moving_averages)
             if shown:
-                round.images = draw_grid(self.rank, self.votes, round.ema, self._until_stopped)
+                round.images = self._draw_grid(round)
         round.metrics, clients = rows_of(round, self.rank)
+        self._under_way = None
         with self.votes.keeping_errors("run folder"):
             self.federator.record(round.metrics, clients)
             self.federator.show(number, round.images, self.rank.keeps_private_parts)
@@ -153,25 +167,39 @@ class Federation:
 
     def start(self, resume: bool) -> int:
         """Open the run folder, bring the clients up, go back to the newest checkpoint; returns the last round done."""
-        resume = resume or any(exchange_json(self.comm, self.federator.was_started_again()))
+        restarted = any(exchange_json(self.comm, launcher.restarts() > 0))  # not every agent of torchrun counts all
+        job = launcher.job_name(self.comm.outlives) if restarted else None
+        resume = resume or any(exchange_json(self.comm, self.federator.made_by(job)))
         with self.votes.keeping_errors():
             self.federator.open(resume)
         self.votes.vote()
         self.rank = set_up_rank(self.config, self.comm, self.device)
         self.commits = Commits(self.rank, self.federator, self.votes)
-        self._last = resume_from(self.rank) if resume else 0
+        self._last, logs = resume_from(self.rank) if resume else (0, None)
+        self._began_with = self._last
         with self.votes.keeping_errors("run folder"):
-            self.federator.begin(self._last, self.rank.setting)
+            self.federator.begin(self._last, self.rank.setting, logs)
         self.votes.vote()
         return self._last
 
-    def commit_and_stop(self, interruption: Interrupted) -> Interrupted:
-        """After the vote that stopped the run: commit the last complete round; returns what is then to be raised."""
+    def commit_and_stop(self, interruption: Interrupted) -> RunError:
+        """After the vote that stopped the run: commit the last complete round, keep the clients done with the next one.
+
+        Returns what is then to be raised: another error where this start and the one before came to neither.
+        """
         if not hasattr(self, "commits"):
             return interruption
         self.commits.commit_now()
+        kept, more = keep_clients(self._under_way, self.rank, self.votes)
         done = f"round {self._last} is committed" if self._last else "no round was complete"
-        stopped = Interrupted(interruption.number, f"{done}; go on with --resume --run.dir {self.config.run_dir}")
+        done += f", clients kept of round {self._last + 1}: {kept}" if kept else ""
+        fruitless = self.federator.count_start(fruitful=self._last > self._began_with or more > 0)
+        go_on = f"go on with --resume --run.dir {self.config.run_dir}"
+        if exchange_json(self.comm, fruitless)[0] < FRUITLESS or interruption.number == signal.SIGINT:
+            stopped: RunError = Interrupted(interruption.number, f"{done}; {go_on}")
+        else:  # another status, so that nobody starts the job again
+            remedy = "give the job more time or more ranks, or fewer federation.local_epochs"
+            stopped = RunError(f"{FRUITLESS} starts in a row came to no new round and no client; {remedy}, and {go_on}")
         stopped.agreed = True
         return stopped
 
@@ -180,6 +208,14 @@ class Federation:
         if hasattr(self, "rank"):
             self.rank.committer.close()
         self.federator.close()
+
+    def _draw_grid(self, round: Round) -> torch.Tensor | None:
+        """This rank's share of the grid. A stop gives up the grid and not the round, which is complete without it."""
+        try:
+            return draw_grid(self.rank, self.votes, round.ema, self._until_stopped)
+        except Interrupted:
+            log.warning("round %d: told to stop, so there is no sample grid", round.plan.round)
+            return None
 
     def _until_stopped(self, steps: Iterable[int]) -> Iterator[int]:
         for step in steps:

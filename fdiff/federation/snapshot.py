@@ -2,7 +2,8 @@
 
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
                      samples (n, C, S, S) uint8, if the round drew a grid.
-                     Header: round, config, layout, images of each client, reporters, metrics of the round
+                     Header: round, config, layout, images of each client, reporters, metrics of the round, the rows
+                     of the logs up to it
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
                      (P,), step ()
 
@@ -12,8 +13,8 @@ Whatever is here is a copy on the host: training goes on while it is written.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,11 @@ from torch import Tensor
 
 from fdiff import checkpoint
 from fdiff.checkpoint import Contents, Damaged
-from fdiff.config import Config, from_dict, to_dict
+from fdiff.config import Config, flat, from_dict, to_dict
 from fdiff.errors import UserError
 from fdiff.federation.client import Client
 from fdiff.federation.host import Host
-from fdiff.federation.validate import check_client, check_global, find_problems, has_client_files, private_parts
-from fdiff.model import PARTS
-from fdiff.plan import SHARED_PARTS
+from fdiff.federation.validate import check_global, find_problems, has_client_files, private_parts
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,10 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "federation.rounds", "federation.on_client_failure", "data.root", "data.in_memory", "data.workers", "data.download",
     "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_local", "runtime.", "sample.every",
+)  # fmt: skip
+# Those of them with which the same training comes to other digits.
+ARITHMETIC = (
+    "runtime.precision", "runtime.reduction", "runtime.threads", "runtime.device", "runtime.execution", "runtime.layout"
 )  # fmt: skip
 
 
@@ -91,15 +94,15 @@ def contents(
     metrics: Mapping[str, Any],
     ema: Tensor | None,
     grid: Tensor | None,
-    leads: bool,
+    logs: Mapping[str, Sequence[Any]] | None,
     copies: HostCopies,
 ) -> Contents:
-    """This rank's share of a round's checkpoint, as host copies; `leads`: with what is global.
+    """This rank's share of a round's checkpoint, as host copies; with `logs`, the rows so far, what is global, too.
 
     The last one's memory is used again: it must have been written, or not be wanted any more.
     """
     own = host.clients if has_client_files(host.trainer.config) else []
-    whole = (global_arrays(host, ema, grid, copies), header(host, images, metrics)) if leads else None
+    whole = None if logs is None else (global_arrays(host, ema, grid, copies), header(host, images, metrics, logs))
     clients = {c.index: client_arrays(host, c) for c in own}
     _complete_copies(host)
     return Contents(metrics["round"], clients, whole)
@@ -121,8 +124,10 @@ def _complete_copies(host: Host) -> None:
         torch.cuda.current_stream(host.shared.device).synchronize()
 
 
-def header(host: Host, images: Mapping[int, int], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What global.h5 says beside its arrays; `metrics` is the round's line of the log."""
+def header(
+    host: Host, images: Mapping[int, int], metrics: Mapping[str, Any], logs: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """What global.h5 says beside its arrays; `metrics` is the round's line of the log, `logs` all lines so far."""
     return {
         "round": metrics["round"],
         "config": to_dict(host.trainer.config),
@@ -130,6 +135,7 @@ def header(host: Host, images: Mapping[int, int], metrics: Mapping[str, Any]) ->
         "images": [images[client] for client in sorted(images)],
         "reporters": metrics["reporters"],
         "metrics": dict(metrics),
+        "logs": {name: list(rows) for name, rows in logs.items()},
     }
 
 
@@ -141,8 +147,8 @@ def newest_sound(run_dir: Path) -> checkpoint.Generation | None:
 
     Damaged if it has some, but none is whole.
     """
-    found = checkpoint.generations(run_dir)
-    for generation in reversed(found):
+    found = _held_generations(run_dir)
+    for generation, _ in reversed(found):
         found_wrong = find_problems(generation.path)
         if not found_wrong:
             return generation
@@ -152,13 +158,20 @@ def newest_sound(run_dir: Path) -> checkpoint.Generation | None:
     return None
 
 
-def restore(path: Path, host: Host, images: Mapping[int, int]) -> None:
+def _held_generations(run_dir: Path) -> list[tuple[checkpoint.Generation, checkpoint.Hold]]:
+    """The complete checkpoints of a run, oldest first, each held so that a run that trains on does not prune it."""
+    held = [(generation, checkpoint.hold(generation.path)) for generation in checkpoint.generations(run_dir)]
+    return [(generation, hold) for generation, hold in held if hold is not None]
+
+
+def restore(path: Path, host: Host, images: Mapping[int, int]) -> dict[str, Any]:
     """Put the shared parts and this rank's clients back as they were; `path` is the folder of a checkpoint.
 
-    UserError if the configuration or a client's number of images has changed, Damaged if a file is not sound.
+    Returns the header of its global.h5. UserError if the configuration or a client's number of images has changed,
+    Damaged if a file is not sound.
     """
     arrays, saved, _ = checkpoint.read_generation(path)
-    before = check_global(path, saved, _described(arrays))
+    before = check_global(path, saved, described(arrays))
     _check_same_run(path, saved, host.trainer.config, images)
     own = [c.index for c in host.clients] if has_client_files(before) else []
     states = checkpoint.read_clients(path, saved, own)
@@ -166,6 +179,7 @@ def restore(path: Path, host: Host, images: Mapping[int, int]) -> None:
         _fill(host.shared[span], arrays, f"parts/{part}", path / "global.h5")
     for client, state in zip(host.clients, states, strict=False):
         _restore_client(host, client, state, path / checkpoint.client_file(client.index))
+    return saved
 
 
 def _restore_client(host: Host, client: Client, arrays: Mapping[str, np.ndarray], file: Path) -> None:
@@ -192,7 +206,7 @@ def _fill(tensor: Tensor, arrays: Mapping[str, np.ndarray], name: str, file: Pat
 
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config, images: Mapping[int, int]) -> None:
-    before, now = _flat(to_dict(from_dict(saved["config"]))), _flat(to_dict(config))
+    before, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
     changed = [n for n in now if before[n] != now[n] and not n.startswith(MAY_CHANGE)]
     if changed:
         told = ", ".join(f"{n} (was {before[n]!r}, is {now[n]!r})" for n in changed)
@@ -204,71 +218,12 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config, images
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+def changed_arithmetic(saved: Mapping[str, Any], config: Config) -> str:
+    """The fields, with both values, that now have the run compute in other digits than before; "" if there are none."""
+    before, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
+    return ", ".join(f"{n} (was {before[n]!r}, is {now[n]!r})" for n in ARITHMETIC if before[n] != now[n])
 
 
-# --- a model from a checkpoint, without its run --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint as a source of models: its configuration, its round, the folder."""
-
-    path: Path
-    config: Config
-    round: int
-    shared: dict[str, np.ndarray]
-
-    @property
-    def has_ema(self) -> bool:
-        """Whether it holds moving averages."""
-        return any(name.startswith("ema/") for name in self.shared)
-
-    def parameters(self, client: int | None, ema: bool) -> Tensor:
-        """A whole model (P,): that of a client, or the global one (None) where no part is private."""
-        arrays = {p: self.shared[f"{'ema' if ema else 'parts'}/{p}"] for p in SHARED_PARTS[self.config.method]}
-        private = private_parts(self.config)
-        if private:
-            arrays |= self._private(self._own(client or 0), private, ema)
-        return torch.from_numpy(np.concatenate([arrays[p] for p in PARTS]))
-
-    def local_parameters(self, client: int, ema: bool) -> Tensor:
-        """A client's model (P,) as it trained it in this round, before the average; UserError if it was not kept."""
-        own = self._own(client)
-        if not ema and "local" not in own:
-            file = self.path / checkpoint.client_file(client)
-            raise UserError(f"--local: {file} has no model from before the average; train with --run.keep_local")
-        # Private parts come first in the arena.
-        arrays = [own["ema"]] if ema else [*(own[f"private/{p}"] for p in private_parts(self.config)), own["local"]]
-        return torch.from_numpy(np.concatenate(arrays))
-
-    def _own(self, client: int) -> dict[str, np.ndarray]:
-        own = checkpoint.read_generation(self.path, [client])[2][0]
-        check_client(self.path / checkpoint.client_file(client), self.config, _described(own))
-        return own
-
-    def _private(self, own: Mapping[str, np.ndarray], parts: tuple[str, ...], ema: bool) -> dict[str, np.ndarray]:
-        sizes = {p: own[f"private/{p}"].size for p in parts}
-        if not ema:
-            return {p: own[f"private/{p}"] for p in parts}
-        ends = np.cumsum([sizes[p] for p in parts])  # private parts come first in the arena
-        return {p: own["ema"][end - sizes[p] : end] for p, end in zip(parts, ends, strict=True)}
-
-
-def open_checkpoint(path: Path) -> Saved:
-    """A checkpoint's folder, or a run's, of which the newest sound checkpoint is meant. Damaged if there is none."""
-    if not (path / "global.h5").exists() and checkpoint.root(path).is_dir():
-        newest = newest_sound(path)
-        path = path if newest is None else newest.path
-    if not path.is_dir():
-        raise Damaged(f"{path}: is not a folder; give a run or a checkpoint, e.g. RUN/checkpoints/round-000015")
-    arrays, saved, _ = checkpoint.read_generation(path)
-    return Saved(path, check_global(path, saved, _described(arrays)), saved["round"], arrays)
-
-
-def _described(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
+def described(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each array."""
     return {name: (array.shape, array.dtype.name) for name, array in arrays.items()}

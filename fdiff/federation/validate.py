@@ -67,6 +67,7 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
         raise Damaged(f"{file}: its configuration is not valid ({error}); use the fdiff that made it") from error
     if type(header["round"]) is not int or header["round"] < 1:
         raise Damaged(f"{file}: says that it is of round {header['round']!r}; use another checkpoint")
+    _check_logs(file, header)
     layout = layout_for(config)
     if header["layout"] != checkpoint.layout_table(layout):
         raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")
@@ -75,6 +76,15 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
         for part in SHARED_PARTS[config.method]:
             _check_shape(file, f"{kind}/{part}", (sizes[part],), config, datasets)
     return config
+
+
+def _check_logs(file: Path, header: Mapping[str, Any]) -> None:
+    """Damaged if there are rows of logs and they are not those of rounds up to this one."""
+    logs = header.get("logs", {})
+    lists = isinstance(logs, dict) and all(isinstance(rows, list) for rows in logs.values())
+    rows = [row for rows in logs.values() for row in rows] if lists else [None]
+    if not all(isinstance(row, dict) and row.get("round") in range(1, header["round"] + 1) for row in rows):
+        raise Damaged(f"{file}: its rows of the logs are not those of its rounds; use another checkpoint")
 
 
 def check_client(file: Path, config: Config, datasets: Datasets) -> None:

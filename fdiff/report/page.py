@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdiff import __version__
-from fdiff.config import to_dict
+from fdiff.config import flat, to_dict
 from fdiff.evaluation import DISTANCES
 from fdiff.federation import forecast_run
 from fdiff.plan import SHARED_PARTS
@@ -113,15 +113,8 @@ def _time(runs: Sequence[Run]) -> str:
 
 def _fields(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """(field, its value in each run, whether the runs differ in it)."""
-    values = [_flat(to_dict(run.config)) for run in runs]
+    values = [{name: str(value) for name, value in flat(to_dict(run.config)).items()} for run in runs]
     return [(name, [v[name] for v in values], len({v[name] for v in values}) > 1) for name in values[0]]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)}
-    return flat
 
 
 def _environment(run: Run) -> list[tuple[str, str]]:

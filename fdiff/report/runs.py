@@ -13,7 +13,7 @@ import yaml
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
 from fdiff.evaluation import Row, described, distance_name, find_warnings, mean_distance, newest_scores, scored_as
-from fdiff.federation import forecast_run, read_jsonl
+from fdiff.federation import find_gaps, forecast_run, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,13 @@ def number(row: Row, name: str) -> float:
 def read_run(folder: Path) -> Run:
     """The run in a folder; UserError if it is none, or not readable."""
     try:
-        config = from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        config = _config_of(folder / "config.yaml")
         setting = _json_or_empty(folder / "setting.json")
         logs = [read_jsonl(folder / f"{name}.jsonl") for name in ("rounds", "clients", "scores")]
+        if gaps := find_gaps(folder):
+            raise UserError(gaps[0])
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder}: is not a run folder of fdiff train ({error.strerror}: config.yaml)") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
@@ -146,6 +150,13 @@ def read_run(folder: Path) -> Run:
     rounds, clients, scores = logs
     grids = dict(sorted(_grids(folder / "samples")))
     return Run(folder.resolve().name, folder, config, setting, rounds, clients, newest_scores(scores), grids)
+
+
+def _config_of(file: Path) -> Config:
+    try:
+        return from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _grids(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -5,6 +5,8 @@ The only room that reads the environment. Open `launcher.py` first: one table of
 
 from __future__ import annotations
 
-from fdiff.runtime.device import allow_tf32, choose_device, default_threads, free_memory, set_up, visible_gpus
+from fdiff.runtime import cpp_log
+from fdiff.runtime.device import allow_tf32, choose_device, default_threads, set_up, visible_gpus
 from fdiff.runtime.launcher import Launch, Rendezvous, cache_folder
-from fdiff.runtime.signals import Stop, heeding_signals
+from fdiff.runtime.memory import free_memory, killed_for_memory
+from fdiff.runtime.signals import Stop, die_with_parent, heed_stop, heeding_signals

@@ -9,7 +9,6 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -40,6 +39,9 @@ def set_up(runtime: RuntimeConfig, launch: Launch) -> torch.device:
     device = choose_device(runtime, launch)
     if device.type == "cpu" and runtime.execution == "captured":
         raise UserError("runtime.execution: 'captured' needs a GPU; use eager, compiled or auto")
+    cores = os.cpu_count() or 1
+    if (runtime.threads or 1) > 4 * cores:
+        raise UserError(f"runtime.threads: {runtime.threads} is not valid; at most 4 for each of {cores} cores")
     torch.set_num_threads(runtime.threads or default_threads(runtime, launch))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -96,19 +98,6 @@ def _index(runtime: RuntimeConfig, launch: Launch, gpus: int) -> int:
 
 def _visibility(launch: Launch) -> str:
     return "CUDA_VISIBLE_DEVICES " + ("not set" if launch.cuda_visible is None else repr(launch.cuda_visible))
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-
-MEMINFO = Path("/proc/meminfo")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a CUDA device, or available on the host without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 # --- CPU -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,12 +170,14 @@ def _check_set_by_hand(launch: Launch, outer: Launch) -> None:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of torch.distributed meet, and a prefix that tells a restarted job from the one before."""
+    """Where the ranks of torch.distributed meet, and the job that they are; None: nobody but the run folder says."""
 
     address: str
     port: int
     serve: bool
-    attempt: str
+    job: str | None
+    outlives_ranks: bool = False
+    """Whether a launcher serves the store there, and goes on to do so while it starts the ranks again."""
 
 
 def rendezvous(launch: Launch, environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
@@ -183,21 +186,34 @@ def rendezvous(launch: Launch, environment: Mapping[str, str] = os.environ) -> R
     Slurm and submitit announce none: rank 0's node serves, on a port that follows from the job's id and its restart
     count, so that a requeued job, which keeps its id, does not meet its own past.
     """
-    attempt = restarts(environment)
+    if launch.launcher in ("openmpi", "mpich", "none"):  # what others have set, e.g. Kubernetes, is not looked at
+        return None
     address, port = environment.get("MASTER_ADDR"), _number(environment, "MASTER_PORT")
     if launch.launcher in ("srun", "submitit") and not (address and port):
         address = _first_host(environment) if launch.launcher == "srun" else "127.0.0.1"
         job = _number(environment, "SLURM_JOB_ID" if launch.launcher == "srun" else "SUBMITIT_LOCAL_JOB_ID", 0) or 0
         step = _number(environment, "SLURM_STEP_ID", 0) or 0
-        port = 20_000 + (job * 7 + attempt * 131 + step) % 12_000  # below the ports that the kernel gives out
-    if launch.launcher in ("openmpi", "mpich", "none"):
-        return None
+        # Below the ports that the kernel gives out.
+        port = 20_000 + (job * 7 + restarts(environment) * 131 + step) % 12_000
     if not address or not port:
         raise UserError(f"MASTER_ADDR, MASTER_PORT: not set although {launch.launcher} started this process; set both")
     agent_serves = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.one_node and not agent_serves:
         address = "127.0.0.1"  # by another of this node's names the store would be open to its network
-    return Rendezvous(address, port, launch.rank == 0 and not agent_serves, str(attempt))
+    serve = launch.rank == 0 and not agent_serves
+    return Rendezvous(address, port, serve, job_of(launch, environment), agent_serves)
+
+
+def job_of(launch: Launch, environment: Mapping[str, str] = os.environ) -> str | None:
+    """What the ranks of a job have in common and no other job has, as their launcher says; None where it does not."""
+    run = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if launch.launcher == "torchrun" and run != "none":  # its default, the same for all jobs
+        return f"torchrun's job {run}"
+    if launch.launcher == "srun":
+        return f"Slurm's job {environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID', '0')}"
+    if launch.launcher == "submitit":
+        return f"submitit's job {environment.get('SUBMITIT_LOCAL_JOB_ID')}"
+    return None
 
 
 def environment_of(
@@ -241,16 +257,43 @@ def restarts(environment: Mapping[str, str] = os.environ) -> int:
     return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) or _number(environment, "SLURM_RESTART_COUNT", 0) or 0
 
 
-def job_name(environment: Mapping[str, str] = os.environ) -> str | None:
-    """What a job that its launcher starts again keeps and no other job has; None where nothing starts it again."""
+def job_name(outlives: str | None = None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """What a job that its launcher starts again keeps and no other job has; None where nothing starts it again.
+
+    `outlives` as of the communicator: the agents of torchrun on several nodes have nothing else in common.
+    """
     if job := environment.get("SLURM_JOB_ID"):
         return f"slurm {job}"
     if "TORCHELASTIC_RESTART_COUNT" in environment:  # all jobs may have the same run id, but not the same torchrun
-        return f"torchrun {socket.gethostname()} {os.getppid()} {environment.get('TORCHELASTIC_RUN_ID')}"
+        agent = f"{socket.gethostname()} {os.getppid()}"
+        return f"torchrun {outlives or agent} {environment.get('TORCHELASTIC_RUN_ID')}"
     return None
 
 
-def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where this user's caches of fdiff are: in $XDG_CACHE_HOME, else in ~/.cache."""
-    root = environment.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fdiff"
+def started_by(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The process id of the launcher's part on this node that started this rank; None for one started by hand."""
+    launch = detect(environment)
+    by_hand = launch.launcher == "torchrun" and not environment.get("TORCHELASTIC_RUN_ID")
+    return None if by_hand or launch.launcher == "none" or os.getppid() == 1 else os.getppid()
+
+
+@contextmanager
+def without_a_job() -> Iterator[None]:
+    """Inside the block the environment says nothing of a Slurm job around this process: sbatch would take it over."""
+    of_slurm = {n: v for n, v in os.environ.items() if n.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
+    of_a_job = {n: v for n, v in of_slurm.items() if n != "SLURM_CONF"}
+    for name in of_a_job:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(of_a_job)
+
+
+def cache_folder(of: str, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where this user's cache of something is: in $XDG_CACHE_HOME, else in ~/.cache; None for a user without a home."""
+    try:
+        root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return root / "fdiff" / of

@@ -14,19 +14,24 @@ not the file's: it comes with the call, and is the same for all runs.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from blake3 import blake3
 
 from fdiff.config import Config, RuntimeConfig, from_dict, preset, to_dict
+from fdiff.config_file import lay_over, read_fields
 from fdiff.errors import UserError
 from fdiff.evaluation import DISTANCES, default_extractor, sampling_config
 
 SHIPPED = Path(__file__).parent
 KEYS = ("preset", "fields", "grid", "score")
+MAX_CELLS = 1000
+MAX_NAME = 100  # characters of a cell's name, which a folder and a column of the table bear
 
 
 @dataclass(frozen=True)
@@ -81,41 +86,67 @@ def find(name: str) -> Path:
 
 
 def read(file: Path, out: Path, runtime: RuntimeConfig) -> Sweep:
-    """The sweep of a file, its run folders under `out`; UserError names the key that is wrong."""
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(given, dict) or not isinstance(given.get("grid"), dict) or set(given) - set(KEYS):
-        raise UserError(f"{file}: must have the key grid and may have preset, fields, score; see fdiff sweep --help")
-    base = to_dict(preset(given["preset"]) if "preset" in given else Config())
-    _lay_over(file, base, given.get("fields") or {})
-    if base["runtime"] != to_dict(RuntimeConfig()) or any(f.startswith("runtime") for f in given["grid"]):
-        raise UserError(f"{file}: runtime: is not for a sweep's file; give it by flags, --runtime.*")
+    """The sweep of a file, its run folders under `out`; UserError names the key that is wrong.
+
+    A combination that comes twice is one cell.
+    """
+    given = read_fields(file, "file")
+    if not isinstance(given.get("grid"), dict) or not given["grid"] or set(given) - set(KEYS):
+        raise UserError(f"{file}: must have the key grid, with fields, and may have preset, fields, score")
+    base = to_dict(_preset(file, given["preset"]) if "preset" in given else Config())
+    _put(file, base, given.get("fields") or {})
+    grid = _grid(file, given["grid"])
+    for field, instead in (("runtime", "give it by flags, --runtime.*"), ("run.dir", "give --out")):
+        group, _, name = field.partition(".")
+        unlike = base[group] != to_dict(RuntimeConfig()) if field == "runtime" else base[group][name] is not None
+        if unlike or any(key == field or key.startswith(f"{field}.") for key in grid):
+            raise UserError(f"{file}: {field}: is not for a sweep's file; {instead}")
     base["runtime"] = to_dict(runtime)
     score = _score(file, given.get("score") or {})
-    return Sweep([_cell(file, base, point, score, out) for point in _points(file, given["grid"])], score)
+    points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    cells: dict[Config, Cell] = {}
+    for point in points:
+        cell = _cell(file, base, point, score, out)
+        cells.setdefault(replace(cell.config, run=replace(cell.config.run, dir=None)), cell)
+    return Sweep(list(cells.values()), score)
 
 
-def _points(file: Path, grid: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the grid's values, the last field changing fastest."""
+def _preset(file: Path, name: Any) -> Config:
+    if not isinstance(name, str):
+        raise UserError(f"{file}: preset: {name!r} is not the name of a preset")
+    return preset(name)
+
+
+def _grid(file: Path, grid: Mapping[Any, Any]) -> dict[str, list[Any]]:
+    """The values of each field; of every combination, the last field changing fastest, a cell is made."""
     for field, values in grid.items():
+        if not isinstance(field, str):
+            raise UserError(f"{file}: grid: {field!r} is not a field; they are like federation.clients")
         if not isinstance(values, list) or not values:
             raise UserError(f"{file}: grid.{field}: {values!r} is not a list of values")
-    return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    if (cells := math.prod(map(len, grid.values()))) > MAX_CELLS:
+        raise UserError(f"{file}: grid: has {cells} combinations; a sweep has at most {MAX_CELLS}")
+    return dict(grid)
 
 
 def _cell(file: Path, base: Mapping[str, Any], point: Mapping[str, Any], score: Score, out: Path) -> Cell:
     values = {name: dict(v) if isinstance(v, dict) else v for name, v in base.items()}
     for field, value in point.items():
         group, _, name = field.rpartition(".")
-        _lay_over(file, values, {group: {name: value}} if group else {name: value})
-    name = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in point.items())
+        _put(file, values, {group: {name: value}} if group else {name: value})
+    name = _name(point)
     config = from_dict(values)
     _check_scored(file, name, config, score.rounds)
     score.sampling(config)  # better refused now than when the training is done
     kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
     return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)), point)
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    """The name of a combination, and of its folder, which lies nowhere else and is no other one's."""
+    name = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in point.items())
+    plain = re.sub(r"[^\w.,+=\[\] -]", "-", name)[:MAX_NAME]
+    return name if plain == name else f"{plain}-{blake3(name.encode()).hexdigest()[:8]}"
 
 
 def _check_scored(file: Path, name: str, config: Config, rounds: Sequence[int]) -> None:
@@ -130,13 +161,11 @@ def _check_scored(file: Path, name: str, config: Config, rounds: Sequence[int]) 
         )
 
 
-def _lay_over(file: Path, values: dict[str, Any], fields: Any) -> None:
-    """Put fields, nested as in a configuration file, over the values, in place."""
-    if not isinstance(fields, dict):
+def _put(file: Path, values: dict[str, Any], fields: Any) -> None:
+    """Put fields over the values, in place; UserError if they are none."""
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise UserError(f"{file}: fields: {fields!r} is not a group of fields")
-    for name, value in fields.items():
-        both = isinstance(value, dict) and isinstance(values.get(name), dict)
-        values[name] = {**values[name], **value} if both else value
+    lay_over(values, fields)
 
 
 def _score(file: Path, given: Any) -> Score:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
-from fdiff.config import Config, from_dict, to_dict
+from fdiff.config import Config, flat, from_dict, to_dict
+from fdiff.config_file import read_fields
 from fdiff.errors import UserError
 from fdiff.evaluation import (
     DISTANCES,
@@ -23,7 +22,7 @@ from fdiff.evaluation import (
     steps_of,
     summary,
 )
-from fdiff.federation import MAY_CHANGE, forecast_run, read_jsonl
+from fdiff.federation import MAY_CHANGE, find_gaps, forecast_run, read_jsonl
 from fdiff.sweeps.grid import Cell, Score, Sweep
 
 
@@ -70,7 +69,11 @@ def check_same(config: Config) -> None:
     file = config.run_dir / "config.yaml"
     if not file.exists():
         return
-    old, new = (_flat(c) for c in (from_dict(yaml.safe_load(file.read_text(encoding="utf-8"))), config))
+    try:
+        made_with = from_dict(read_fields(file, "run.dir"))
+    except UserError as error:
+        raise UserError(f"{file}: {error}; put it right, or remove the folder to train it again") from None
+    old, new = flat(to_dict(made_with)), flat(to_dict(config))
     for field, was, now in ((name, old[name], new[name]) for name in new):
         if was != now and not _may_differ(field, was, now):
             raise UserError(f"{file}: was made with {field} = {was!r}, the sweep has {now!r}; give another --out")
@@ -96,13 +99,12 @@ def missing(sweep: Sweep, cell: Cell) -> list[tuple[int, bool, list[Model]]]:
 def result(sweep: Sweep, cell: Cell) -> list[Result]:
     """The lines of a cell for the rounds of which all models are scored, raw before moving average.
 
-    None if the folder holds a run of another configuration.
+    UserError names the file of the folder that is not this cell's, or damaged.
     """
     config, found = cell.config, []
-    try:
-        check_same(config)
-    except UserError:
-        return []
+    check_same(config)
+    if gaps := find_gaps(config.run_dir):
+        raise UserError(gaps[0])
     log = read_jsonl(config.run_dir / "rounds.jsonl")
     for round in sweep.rounds(cell):
         for ema in _kinds(config):
@@ -120,27 +122,36 @@ def _kinds(config: Config) -> tuple[bool, ...]:
 def _rows(wanted: Score, config: Config, round: int, ema: bool) -> list[Row]:
     """The newest row of each model of a round that was scored as wanted; all in one way, the one written last."""
     log = read_jsonl(config.run_dir / "scores.jsonl")
-    fitting = [r for r in log if r["round"] == round and r["ema"] == ema and _is_as_wanted(r, wanted, config)]
+    fitting = [r for r in log if r["round"] == round and r.get("ema") == ema and _is_as_wanted(r, wanted, config)]
     return newest_scores([row for row in fitting if scored_as(row) == scored_as(fitting[-1])])
 
 
 def _is_as_wanted(row: Row, wanted: Score, config: Config) -> bool:
+    """Whether a row, which another program may have written, is complete and of scores as they are wanted."""
     sampling = wanted.sampling(config)
     expected = {
         "local": False,
-        "n": wanted.images or images_by_default(row["n_real"]),
+        "n": wanted.images or images_by_default(row.get("n_real", 0)),
         "sampler": sampling.sample.sampler,
         "steps": steps_of(sampling),
         "extractor": wanted.extractor_of(config),
     }
-    return DISTANCES[expected["extractor"]] in row["scores"] and all(row[k] == v for k, v in expected.items())
+    complete = isinstance(row.get("scores"), dict) and all(fact in row for fact in ("client", *FACTS))
+    scored = complete and DISTANCES[expected["extractor"]] in row["scores"]
+    return scored and all(row.get(name) == value for name, value in expected.items())
 
 
 def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
     config, round, name = cell.config, rows[0]["round"], DISTANCES[rows[0]["extractor"]]
     facts, many = summary(rows, name), len(rows) > 1
     so_far = replace(config, federation=replace(config.federation, rounds=round))
-    moved = sum(r["communicated_parameters"] for r in log)
+    if len(log) < round:
+        raise UserError(f"{config.run_dir / 'rounds.jsonl'}: lacks rounds before {round}, which is scored")
+    try:
+        moved, sent = (sum(r[name] for r in log) for name in ("communicated_parameters", "wire_bytes"))
+        seconds = sum(sum(r["seconds"].values()) for r in log)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config.run_dir / 'rounds.jsonl'}: has a row without {error}") from None
     return Result(
         cell=cell.name,
         method=config.method,
@@ -157,12 +168,6 @@ def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
         **{fact: rows[0].get(fact) for fact in FACTS},
         communicated_parameters=moved,
         saving=1 - moved / forecast_run(so_far, ranks=1)["communicated_parameters_full"],
-        wire_bytes=sum(r["wire_bytes"] for r in log),
-        seconds=sum(sum(r["seconds"].values()) for r in log),
+        wire_bytes=sent,
+        seconds=seconds,
     )
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """The configuration's fields by their dotted names."""
-    groups = {g: fields for g, fields in to_dict(config).items() if isinstance(fields, dict)}
-    return {"method": config.method, **{f"{g}.{n}": v for g, fields in groups.items() for n, v in fields.items()}}

@@ -9,14 +9,26 @@ import torch
 from fdiff import checkpoint, federation
 from fdiff.comm import Communicator
 from fdiff.config import Config
+from fdiff.errors import UserError
 from fdiff.evaluation import Model, Scoring, ScoringRequest
-from fdiff.federation import append_jsonl, newest_sound, on_rank_0, open_checkpoint, read_jsonl, together
+from fdiff.federation import (
+    append_jsonl,
+    check_ranks,
+    find_gaps,
+    newest_sound,
+    on_rank_0,
+    open_checkpoint,
+    read_jsonl,
+    together,
+)
 from fdiff.runtime import Stop
 from fdiff.sweeps.grid import Cell, Score, Sweep
-from fdiff.sweeps.results import check_same, missing
+from fdiff.sweeps.results import check_same, missing, result
 
 
-def bring_to_end(sweep: Sweep, cell: Cell, comm: Communicator, device: torch.device, cache: Path, stop: Stop) -> None:
+def bring_to_end(
+    sweep: Sweep, cell: Cell, comm: Communicator, device: torch.device, cache: Path | None, stop: Stop
+) -> None:
     """Train and score what the cell's folder lacks; all ranks call it. Errors as `federation.run` and `Scoring`.
 
     UserError if the folder holds a run of another configuration. Interrupted where `stop` was asked for: what is
@@ -24,16 +36,51 @@ def bring_to_end(sweep: Sweep, cell: Cell, comm: Communicator, device: torch.dev
     """
     config = cell.config
     on_rank_0(comm, lambda: check_same(config))
-    if on_rank_0(comm, lambda: _rounds_written(config) and not missing(sweep, cell)):
+    written = on_rank_0(comm, lambda: _rounds_written(config))
+    if written and on_rank_0(comm, lambda: not missing(sweep, cell)):
+        on_rank_0(comm, lambda: len(result(sweep, cell)))
         return
-    # By the checkpoints, not by the log: a round is written down before its checkpoint is there.
-    if on_rank_0(comm, lambda: _last_round(config)) < config.federation.rounds:
+    # By the checkpoints, too: a round is written down before its checkpoint is there. A log with gaps is made whole.
+    if not written or on_rank_0(comm, lambda: _last_round(config)) < config.federation.rounds:
         federation.run(config, comm, device, resume=True, stop=stop)
     if lacking := on_rank_0(comm, lambda: missing(sweep, cell)):
         _score(sweep.score, lacking, config, comm, device, cache, stop)
+    on_rank_0(comm, lambda: len(result(sweep, cell)))
+
+
+def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device, cache: Path | None) -> None:
+    """UserError names a cell of which it is known before it is trained that it cannot be, or not be scored.
+
+    All ranks call it. The features of the test splits that it takes are there when the cells are scored.
+    """
+    checked = set()
+    for cell in sweep.cells:
+        config = cell.config
+        what = (config.data, config.federation.clients)
+        if what in checked:
+            continue
+        if on_rank_0(comm, lambda cell=cell: _seems_complete(sweep, cell)):
+            continue
+        checked.add(what)
+        together(comm, lambda config=config: check_ranks(config, comm.size))
+        Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
+
+
+def _seems_complete(sweep: Sweep, cell: Cell) -> bool:
+    """Whether nothing is left to do; a folder that is damaged tells when it is its turn."""
+    try:
+        return _rounds_written(cell.config) and not missing(sweep, cell)
+    except UserError:
+        return False
+
+
+def _request(wanted: Score) -> ScoringRequest:
+    return ScoringRequest(wanted.images, wanted.extractor, metrics=("frechet",))
 
 
 def _rounds_written(config: Config) -> bool:
+    if find_gaps(config.run_dir):
+        return False
     return len(read_jsonl(config.run_dir / "rounds.jsonl")) >= config.federation.rounds
 
 
@@ -48,12 +95,11 @@ def _score(
     config: Config,
     comm: Communicator,
     device: torch.device,
-    cache: Path,
+    cache: Path | None,
     stop: Stop,
 ) -> None:
     """Score these models, and append the rows of each to the run's log when it is done."""
-    how = ScoringRequest(wanted.images, wanted.extractor, metrics=("frechet",))
-    scoring = Scoring(comm, device, wanted.sampling(config), how, cache)
+    scoring = Scoring(comm, device, wanted.sampling(config), _request(wanted), cache)
     for round, ema, models in lacking:
         path = checkpoint.root(config.run_dir) / checkpoint.generation_name(round)
         saved = together(comm, lambda path=path: open_checkpoint(path))

@@ -139,7 +139,7 @@ def test_round_on_two_ranks_and_not_on_one(tmp_path):
     whole = [name for name in found if " of " not in name]
     assert [name.split(",")[0] for name in whole] == ["full"] * 3 + ["usplit", "ulatdec", "udec"]
     for name in whole:
-        parts = [found[f"{part} of {name}"] for part in ("all-reduce", "vote", "log line", "copy")]
+        parts = [found[f"{part} of {name}"] for part in ("weights", "all-reduce", "vote", "log line", "copy")]
         assert found[name]["bound"] == pytest.approx(sum(part["ours"] for part in parts))
     assert not list(tmp_path.glob("runs/.bench*"))
     alone = fdiff("bench", "round", *SMALL, cwd=tmp_path)
@@ -159,6 +159,8 @@ def small(**more: object) -> Config:
 def test_checkpoint_writes_as_many_bytes_as_its_bound(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint, "WIDTHS", (8,))
+    monkeypatch.setattr(checkpoint, "REST_S", 0.0)
+    monkeypatch.setattr(checkpoint, "STALLS", 2)
     written = []
     real = checkpoint._writer
     monkeypatch.setattr(checkpoint, "_writer", lambda path, size, comm: written.append(size) or real(path, size, comm))

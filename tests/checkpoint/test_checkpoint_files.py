@@ -22,7 +22,7 @@ from fdiff import checkpoint
 from fdiff.checkpoint import file as file_module
 from fdiff.checkpoint.commit import Committer, Contents
 from fdiff.checkpoint.file import Damaged, read_digest, read_file, write_file
-from fdiff.errors import RunError
+from fdiff.errors import RunError, UserError
 
 
 @pytest.fixture
@@ -243,10 +243,29 @@ def test_what_interrupted_commits_leave_is_never_read_and_goes(tmp_path):
     shutil.copytree(left, checkpoint.root(tmp_path) / ".old-round-000000")
     for odd in ("round-1", "round-0000001", "round-000002.bak", "damaged-round-000009-00"):
         (checkpoint.root(tmp_path) / odd).mkdir()
-    (checkpoint.root(tmp_path) / "round-000007").write_text("a file")
     assert rounds(tmp_path) == [1]
     assert checkpoint.clean(tmp_path, 1) == []
     assert not list(checkpoint.root(tmp_path).glob(".*")) and rounds(tmp_path) == [1]
+
+
+def test_a_file_where_a_checkpoint_is_to_be_is_refused_before_anything_is_trained(tmp_path):
+    make_generation(tmp_path, 1)
+    (checkpoint.root(tmp_path) / "round-000007").write_text("a file")
+    assert rounds(tmp_path) == [1]
+    with pytest.raises(UserError, match="round-000007: is no folder, and has the name of a checkpoint; move it"):
+        checkpoint.clean(tmp_path, 1)
+
+
+def test_what_somebody_reads_is_not_pruned(tmp_path):
+    make_generation(tmp_path, 1)
+    hold = checkpoint.hold(checkpoint.root(tmp_path) / "round-000001")
+    for round in (2, 3, 4):
+        make_generation(tmp_path, round, keep=2)
+    assert rounds(tmp_path) == [1, 3, 4] and hold is not None
+    del hold
+    make_generation(tmp_path, 5, keep=2)
+    assert rounds(tmp_path) == [4, 5]
+    assert checkpoint.hold(checkpoint.root(tmp_path) / "round-000001") is None
 
 
 def test_damaged_newer_ones_do_not_push_out_sound_old_ones(tmp_path):

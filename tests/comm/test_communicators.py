@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,11 +17,12 @@ from faults.injections import hold_the_lock, segfault
 from forked_jobs import free_port
 from ranks import End, end_ranks, run_ranks
 
-from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat
+from fdiff.comm import Communicator, SoloCommunicator, collectives, heartbeat, torch_dist
 from fdiff.comm.base import device_problem
 from fdiff.comm.collectives import Call, Groups, find_lost, pack, unpack, uses_ring
-from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
+from fdiff.comm.torch_dist import TorchCommunicator, meet_at
 from fdiff.errors import RunError, UserError
+from fdiff.runtime import Rendezvous
 
 
 def run_cases(comm: Communicator) -> dict[str, str]:
@@ -125,7 +128,7 @@ def check_survivors(ends: list[End], lost: int, within_s: float) -> None:
 def test_a_rank_killed_in_training_is_named(tmp_path: Path) -> None:
     ends = end_ranks(killed_in_training, RANKS, tmp_path, patience_s=4)
     check_survivors(ends, 2, within_s=4 + 10)
-    assert {end.error for end in ends if end.error} == {"rank 2 did not answer within 4 s"}
+    assert {end.error for end in ends if end.error} == {"rank 2 is gone: its process has ended"}
 
 
 @pytest.mark.slow
@@ -221,7 +224,7 @@ def rank_0_stopped(comm: Communicator) -> None:
     ("fault", "says"),
     [
         (rank_0_killed, "rank 0 is gone, and with it the store through which the ranks talk"),
-        (rank_0_stopped, "rank 0 did not answer within 4 s"),
+        (rank_0_stopped, "rank 0 did not answer within 4 s, and with it the store through which the ranks talk"),
     ],
 )
 def test_rank_0_is_named_though_it_serves_the_store(fault, says: str, tmp_path: Path) -> None:
@@ -238,7 +241,7 @@ def test_a_killed_rank_is_named_by_all_before_rank_0_takes_the_store_away(tmp_pa
 
 def test_the_store_listens_on_the_loopback_address_only() -> None:
     port = free_port()
-    store = tcp_store("127.0.0.1", port, True, "0", 1, 5)
+    store = meet_at(Rendezvous("127.0.0.1", port, True, "a job"), 0, 1, 5).store
     store.set("key", "value")
     listening = [
         line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"
@@ -253,7 +256,18 @@ def test_the_store_listens_on_the_loopback_address_only() -> None:
 
 def test_nobody_serves() -> None:
     with pytest.raises(RunError, match="no rendezvous at 127.0.0.1:"):
-        tcp_store("127.0.0.1", free_port(), False, "0", 2, 1)
+        meet_at(Rendezvous("127.0.0.1", free_port(), False, "a job"), 1, 2, 1)
+
+
+def test_what_takes_connections_and_does_not_answer_is_no_rendezvous(monkeypatch) -> None:
+    monkeypatch.setattr(torch_dist, "STORE_GRACE_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        with pytest.raises(RunError, match="no rendezvous at 127.0.0.1:"):
+            meet_at(Rendezvous("127.0.0.1", silent.getsockname()[1], False, "a job"), 1, 2, 1)
+        assert time.monotonic() - began < 20
 
 
 def grouped_cases(comm: TorchCommunicator) -> None:
@@ -288,6 +302,35 @@ def test_groups_free_the_one_not_used_for_longest(monkeypatch: pytest.MonkeyPatc
     assert freed == ["12"]
     groups.clear()
     assert freed == ["12", "01", "02"]
+
+
+def test_a_helper_thread_that_dies_without_a_word_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(queue.SimpleQueue):
+        def put(self, *_: object) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(collectives.queue, "SimpleQueue", Full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(RunError, match="a helper thread has died"):
+        collectives.aside(lambda: None, lambda: None)
+
+
+def test_a_heart_that_misses_a_beat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.01)
+    beats: list[str] = []
+
+    class Store:
+        def set(self, key: str, value: str) -> None:
+            beats.append(key)
+            if len(beats) == 3:
+                raise MemoryError
+
+    heart = heartbeat.Heartbeat(Store(), 0)
+    until = time.monotonic() + 10
+    while len(beats) < 6 and time.monotonic() < until:
+        time.sleep(0.01)
+    heart.stop()
+    assert len(beats) >= 6
 
 
 def test_who_is_lost() -> None:

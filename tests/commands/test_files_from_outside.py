@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from fdiff import config as cfg
 from fdiff import load_model
-from fdiff.commands.config_file import MAX_BYTES, apply_config_file
 from fdiff.config import Config, to_dict
+from fdiff.config_file import MAX_BYTES, apply_config_file
 from fdiff.errors import LINE, RunError, UserError, one_line
 from fdiff.federation import export
 from fdiff.federation.client import build_model

@@ -37,11 +37,15 @@ def request(*words: str) -> None:
     [
         (["--tasks_per_nod", "2"], "--tasks_per_nod"),
         (["--optim.lr", "-1"], "optim.lr: -1"),
-        ([*LOCAL, "--tasks_per_node", "8"], "8 ranks for 5 clients"),
+        ([*LOCAL, "--tasks_per_node", "8"], "5 clients cannot occupy 8 ranks"),
         ([*LOCAL, "--tasks_per_node", "0"], "--tasks_per_node: 0"),
         ([*LOCAL, "--nodes", "2"], "--nodes: 2"),
         ([*LOCAL, "--time", "1"], "--notice_s: 120"),
         ([*LOCAL, "--max_requeues", "9"], "--max_requeues: 9"),
+        ([*LOCAL, "--partition", "gpu"], "--partition: is for Slurm"),
+        ([*LOCAL, "--sbatch.exclude=node1"], "--sbatch: is for Slurm"),
+        ([*LOCAL, "--print_script"], "--print_script: with --cluster local"),
+        (["--time", "4h"], "--time: '4h' is not valid"),
         ([*LOCAL, "--array", "a.yaml,no.yaml"], "--array: no.yaml cannot be read"),
         ([*LOCAL, "--array", "empty"], "--array: 'empty' holds no"),
         ([*LOCAL, "--array", "a.yaml,b.yaml", "--run.dir", "x"], "'x' is that of several jobs"),
@@ -90,6 +94,34 @@ def test_slurm_is_asked_for_what_the_flags_say(tmp_path, monkeypatch, capsys):
         f"follow:  tail -F {log}",
         "stop:    scancel 123",
     ]
+
+
+def test_the_script_is_printed_and_nothing_is_submitted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    site = "--time 1-12 --mem 64G --gres gpu:2 --sbatch.exclude=node7 --sbatch.reservation=mri".split()
+    request(*site, "--setup", "module load cuda", "--print_script")
+    lines = capsys.readouterr().out.splitlines()
+    for option in ("time=2160", "mem=64G", "gres=gpu:2", "exclude=node7", "reservation=mri", "requeue"):
+        assert f"#SBATCH --{option}" in lines
+    assert "module load cuda" in lines and not Path("submitted").exists()
+
+
+def test_what_slurm_refuses_is_one_line_and_a_job_around_it_does_not_leak(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = "sbatch: error: invalid partition specified: none\nsbatch: error: Batch job submission failed: Invalid"
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\nenv > seen\necho '{said}' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CONF", "here")
+    with pytest.raises(UserError, match="Slurm refuses the job: .*invalid partition specified: none") as refused:
+        request("--partition", "none")
+    assert "\n" not in str(refused.value)
+    seen = Path("seen").read_text()
+    assert "SLURM_MEM_PER_CPU" not in seen and "SLURM_CONF=here" in seen and os.environ["SLURM_MEM_PER_CPU"] == "100"
 
 
 # --- waiting for it ------------------------------------------------------------------------------------------------
@@ -225,3 +257,20 @@ def test_the_local_job_requeues_itself_and_goes_on(tmp_path):
     found, expected = arrays(tmp_path / "run", 30), arrays(tmp_path / "whole", 30)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+# --- what Slurm is told ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("0:30", 1), ("2:00", 2), ("4:00:00", 240), ("1-00", 1440), ("1-12:30", 2190), ("2-00:30:01", 2911)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(text, minutes):
+    assert submit.minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-2-3", "-5", "UNLIMITED", "1.5"])
+def test_what_is_no_time_limit_is_one_line(text):
+    with pytest.raises(UserError, match="--time: .* is not valid; give it as Slurm does"):
+        submit.minutes_of(text)

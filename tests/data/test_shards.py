@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import signal
+import tempfile
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -20,11 +26,14 @@ from small_datasets import (
     refusal,
     save,
 )
+from warm_server import PROCESSES
 
 from fdiff.config import DataConfig
-from fdiff.data import Shard, Source, normalise, open_source, shards
+from fdiff.data import Shard, Source, loaders, normalise, open_source, shards
 from fdiff.data.images import prepare, read_image
-from fdiff.errors import RunError
+from fdiff.errors import Interrupted, RunError
+from fdiff.federation import federator
+from fdiff.runtime import heeding_signals
 
 # --- pixels
 
@@ -214,6 +223,79 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line() -> None:
     with pytest.raises(RunError, match="loading deadly images failed: DataLoader worker") as raised:
         drawn(shard, torch.arange(4), 2)
     assert "\n" not in str(raised.value)
+
+
+class Stuck(Deadly):
+    """A source whose reader stands still, as a process does that gets SIGSTOP or waits for a dead file server."""
+
+    name = "stuck images"
+
+    def images(self, indices: np.ndarray) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        raise AssertionError
+
+
+def test_loader_processes_that_stand_still_are_given_up_and_do_not_stay(monkeypatch) -> None:
+    monkeypatch.setattr(loaders, "TICK_S", 0.1)
+    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1, patience_s=0.5)
+    with pytest.raises(RunError, match="stuck images failed: its loader processes have given nothing for 0.5 s; read"):
+        drawn(shard, torch.arange(4), 2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_rank_that_waits_for_them_heeds_a_signal(monkeypatch) -> None:
+    monkeypatch.setattr(loaders, "TICK_S", 0.1)
+    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
+    with heeding_signals() as stop, pytest.raises(Interrupted):
+        stop.note(signal.SIGTERM, None)
+        drawn(shard, torch.arange(4), 2)
+    assert not multiprocessing.active_children()
+
+
+def read_and_be_killed(pipe: Connection, lock: Path) -> None:
+    federator.lock(lock)
+    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
+    Thread(target=lambda: pipe.send([p.pid for p in children()]), daemon=True).start()
+    drawn(shard, torch.arange(4), 2)
+
+
+def children() -> list[multiprocessing.process.BaseProcess]:
+    while not (found := multiprocessing.active_children()):
+        time.sleep(0.01)
+    time.sleep(0.5)  # to be stopped
+    return found
+
+
+def test_they_end_with_their_rank_and_hold_no_lock_of_it(tmp_path: Path) -> None:
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    rank = PROCESSES.Process(target=read_and_be_killed, args=(theirs, tmp_path / "lock"))
+    rank.start()
+    (loader,) = ours.recv()
+    with pytest.raises(BlockingIOError), (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    open_files = {os.readlink(f) for f in Path(f"/proc/{loader}/fd").iterdir()}
+    assert str(tmp_path / "lock") not in open_files
+    rank.kill()
+    rank.join()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{loader}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{loader}").exists()
+
+
+@pytest.mark.parametrize("limited", ["TMPDIR", "shm"])
+def test_they_need_no_short_tmpdir_and_no_shared_memory(files, monkeypatch, tmp_path: Path, limited: str) -> None:
+    if limited == "TMPDIR":
+        long = tmp_path / ("x" * 120)
+        long.mkdir()
+        monkeypatch.setenv("TMPDIR", str(long))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+    else:  # as where there is none left
+        monkeypatch.setattr(torch.Tensor, "share_memory_", lambda self: pytest.fail("memory is shared"))
+        monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", lambda s: pytest.fail("shared"))
+    whole = drawn(Shard(files, np.arange(30), CPU, in_memory="never", workers=0), torch.arange(30), 7)
+    other = drawn(Shard(files, np.arange(30), CPU, in_memory="never", workers=2), torch.arange(30), 7)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, other, strict=True))
 
 
 @needs_gpu

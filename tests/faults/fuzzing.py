@@ -26,6 +26,7 @@ from fdiff.commands.flags import parse
 from fdiff.errors import LINE, UserError, one_line
 from fdiff.federation import snapshot
 from fdiff.federation.assemble import set_up_rank
+from fdiff.federation.saved import open_checkpoint
 from fdiff.federation.validate import find_problems
 
 SCALARS = st.one_of(
@@ -121,7 +122,7 @@ def _set(header: dict, where: int, value: Any) -> None:
 def _use(path: Path, members: Any) -> None:
     if found := find_problems(path):
         raise UserError(found[0])
-    snapshot.open_checkpoint(path).parameters(0, ema=True)
+    open_checkpoint(path).parameters(0, ema=True)
     snapshot.restore(path, members.host, members.images)
 
 

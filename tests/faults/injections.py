@@ -175,6 +175,15 @@ def fail_to_start(victim: int, rank: int) -> None:
         main.set_up = broken
 
 
+def ask_otherwise(field: str, value: object, victim: int, rank: int) -> None:
+    """One rank is told another value of a field."""
+    from fdiff.commands import main
+
+    parse = main.parse
+    if rank == victim:
+        main.parse = lambda words: parse([*words, f"--{field}", str(value)])
+
+
 def hang_on_disk(failing: int, round: int, rank: int) -> None:
     """The disk does not answer any more; then a client fails."""
     from fdiff.checkpoint import file

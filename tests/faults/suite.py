@@ -13,7 +13,7 @@ from pathlib import Path
 
 import slurm_cluster
 
-from faults import damage, failing, fuzzing, killing, launcher_signals, power, resuming
+from faults import damage, failing, fuzzing, killing, launcher_signals, power, resuming, strangers
 from faults.ledger import Row
 
 
@@ -53,6 +53,8 @@ FAULTS: dict[str, Fault] = {
     "damage": Fault("damaged checkpoint", damage.files, 16, 104),
     "disks": Fault("disk full or read-only during a commit", failing.disks, 4, 20, needs=mounting),
     "resumes": Fault("stopped and resumed on other numbers of ranks", resuming.resumes, 12, 96),
+    "parts": Fault("stopped within a round and taken up", strangers.parts, 4, 48),
+    "settings": Fault("a rank was told another value of a field", strangers.settings, 5, 40),
     "configurations": Fault("malformed configuration (fuzzed)", fuzzing.configurations, 25, 100),
     "checkpoints": Fault("mangled checkpoint (fuzzed)", fuzzing.checkpoints, 15, 60),
     "headers": Fault("forged checkpoint header (fuzzed)", fuzzing.headers, 10, 40),

@@ -15,7 +15,7 @@ from fdiff.config import SampleConfig
 from fdiff.errors import UserError
 from fdiff.federation import sampling
 from fdiff.federation.client import Trainer
-from fdiff.federation.snapshot import open_checkpoint
+from fdiff.federation.saved import open_checkpoint
 from fdiff.model import diffusion
 
 SAMPLE = SampleConfig(sampler="ddim", steps=3)

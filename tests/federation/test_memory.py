@@ -39,7 +39,7 @@ def kept(host: Host, copies: HostCopies) -> int:
     for _ in range(3):
         for client in host.clients:
             host.enter(client)
-        contents(host, {c.index: 1 for c in host.clients}, metrics, host.shared, None, True, copies)
+        contents(host, {c.index: 1 for c in host.clients}, metrics, host.shared, None, {}, copies)
     tensors = [t for c in host.clients for memory in (c.parked, c.spare) for t in memory.values()]
     return sum(t.nbytes for t in [*tensors, *copies._kept.values()])
 

@@ -32,7 +32,7 @@ from fdiff.data import open_source
 from fdiff.data.partition import partition_indices
 from fdiff.federation.client import build_model
 from fdiff.federation.rounds import run
-from fdiff.federation.snapshot import open_checkpoint
+from fdiff.federation.saved import open_checkpoint
 from fdiff.model.buckets import layout_of
 from fdiff.model.unet import PARTS
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import yaml
 from faults.processes import Job
 from faults.runs import equal, train
-from jobs import BIN, TINY, Done, arrays, clean_env, fdiff, in_turn, largest_difference, rows
+from forked_jobs import free_port
+from jobs import BIN, ROOT, TINY, Done, arrays, clean_env, fdiff, in_turn, largest_difference, rows
 from launchers import started, trainers, wait_for
 from small_datasets import needs_gpu
 
@@ -125,6 +128,38 @@ def test_a_half_written_log_line_and_folder_are_forgotten(run):
     assert [row["round"] for row in rows(run)] == [1, 2, 3, 4, 5] and not left.exists()
 
 
+def test_logs_that_lost_rows_are_made_whole_from_the_checkpoint(run):
+    before = {log: (run / log).read_bytes() for log in ("rounds.jsonl", "clients.jsonl")}
+    first, *others = before["rounds.jsonl"].splitlines(keepends=True)
+    (run / "rounds.jsonl").write_bytes(b"".join([first, b"not a row\n", *others[1:]]))
+    (run / "clients.jsonl").unlink()
+    for command in (["report", "run", "--out", "page.html"], ["verify", "run"]):
+        done = fdiff(*command, cwd=run.parent)
+        assert done.status in (1, 2)
+        assert "rounds.jsonl: line 2 is no row of a log; fdiff train --resume" in done.out + done.err
+    said = [line for line in resume(run).check().err.splitlines() if "had lost rows" in line]
+    assert len(said) == 1 and "rounds.jsonl, clients.jsonl had lost rows, and is whole again up to round 4" in said[0]
+    assert {log: (run / log).read_bytes() for log in before} == before
+    assert fdiff("verify", "run", cwd=run.parent).status == 0
+
+
+def test_a_reader_that_leaves_changes_no_result(tmp_path):
+    """fdiff train | head -1"""
+    words = [sys.executable, "-m", "fdiff", "train", *COMMON, "--federation.rounds", "1", "--run.dir", "run"]
+    train = subprocess.Popen(words, cwd=tmp_path, env=clean_env(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE)
+    train.stdout.close()
+    assert train.wait(120) == 0
+    assert [row["round"] for row in rows(tmp_path / "run")] == [1]
+
+
+def test_a_run_that_is_further_than_asked_is_left_as_it_is(run):
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and "events" not in f.name and f.name != ".lock"}
+    done = resume(run, "--federation.rounds", "2", "--sample.every", "1").check()
+    assert "it has 4 rounds already, more than federation.rounds 2: nothing was trained" in done.out
+    assert "round-000002.png" not in done.out or (run / "samples" / "round-000002.png").exists()
+    assert all(f.read_bytes() == content for f, content in before.items())
+
+
 @pytest.mark.parametrize(
     ("flags", "fields"),
     [
@@ -189,6 +224,13 @@ def test_a_second_job_in_the_same_folder_is_refused(run):
     assert done.status == 2 and "in use by another job" in done.err
 
 
+def test_what_gives_a_resumed_run_other_digits_is_said_in_one_line(run):
+    words = [*request("run", "udec", LAST + 1), "--resume", "--runtime.reduction", "fast"]
+    said = fdiff(*words, cwd=run.parent).check().err
+    expected = "--resume: other values of runtime.reduction (was 'ordered', is 'fast'): the result will not have"
+    assert said.count(expected) == 1
+
+
 def test_verify_tells_sound_from_damaged(run):
     done = fdiff("verify", "run", cwd=run.parent).check()
     assert len(done.out.splitlines()) == 4 * 5 and all(line.startswith("sound ") for line in done.out.splitlines())
@@ -211,13 +253,13 @@ def restarted(folder: Path, *flags: object) -> list[str]:
 
 
 def test_torchrun_brings_back_a_job_whose_rank_was_killed(tmp_path):
-    fdiff("train", *COMMON, "--federation.rounds", 30, "--run.dir", "whole", cwd=tmp_path).check()
-    with started(restarted(tmp_path, "--federation.rounds", 30), tmp_path, clean_env()) as job:
+    fdiff("train", *COMMON, "--federation.rounds", 15, "--run.dir", "whole", cwd=tmp_path).check()
+    with started(restarted(tmp_path, "--federation.rounds", 15), tmp_path, clean_env()) as job:
         wait_for(lambda: (tmp_path / "run/checkpoints/round-000002").exists(), 120, "two rounds")
         os.kill(trainers(tmp_path, "RANK")["1"], signal.SIGKILL)
         assert job.wait(180) == 0, job.printed
-    assert [row["round"] for row in rows(tmp_path / "run")] == list(range(1, 31))
-    expected, found = arrays(tmp_path / "whole", 30), arrays(tmp_path / "run", 30)
+    assert [row["round"] for row in rows(tmp_path / "run")] == list(range(1, 16))
+    expected, found = arrays(tmp_path / "whole", 15), arrays(tmp_path / "run", 15)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
@@ -228,3 +270,19 @@ def test_torchrun_does_not_go_on_with_what_another_job_made(tmp_path):
         assert job.wait(180) != 0
         assert job.printed.count("'run' exists already") == 2  # at the start, and at the restart
     assert len(rows(tmp_path / "run")) == 1
+
+
+def test_two_agents_of_torchrun_bring_back_a_job_of_which_one_has_lost_a_rank(tmp_path):
+    """Only the agent whose rank was lost counts a restart."""
+    fdiff("train", *COMMON, "--federation.rounds", 15, "--run.dir", "whole", cwd=tmp_path).check()
+    where = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{free_port()}"
+    agent = f"{BIN / 'torchrun'} {where} --max-restarts 3 --monitor-interval 0.1 -m fdiff train --run.dir run"
+    words = [*agent.split(), *COMMON]
+    words += ["--federation.rounds", "15"]
+    with started(words, tmp_path, clean_env()) as first, started(words, tmp_path, clean_env(), "second") as second:
+        wait_for(lambda: (tmp_path / "run/checkpoints/round-000002").exists(), 120, "two rounds")
+        os.kill(trainers(tmp_path, "RANK")["1"], signal.SIGKILL)
+        assert first.wait(180) == 0 and second.wait(180) == 0, first.printed + second.printed
+    assert [row["round"] for row in rows(tmp_path / "run")] == list(range(1, 16))
+    expected, found = arrays(tmp_path / "whole", 15), arrays(tmp_path / "run", 15)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)

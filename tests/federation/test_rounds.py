@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from fdiff import config as cfg
 from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError
-from fdiff.federation import record, snapshot
+from fdiff.federation import federator, record, snapshot
 from fdiff.federation.rounds import Federation
 from fdiff.model.unet import PARTS
 from fdiff.plan import SHARED_PARTS, plan_round
@@ -160,7 +159,7 @@ def two_rounds(comm: Communicator) -> dict[str, dict[str, bytes]]:
         found[method] = {part: buckets.part(part).numpy().tobytes() for part in PARTS}
         federation.close()
         if comm.rank == 0:
-            os.close(federation.federator._lock)  # as the end of its process would
+            federator._leave_locks_to_parent()  # as the end of its process would
         _resumed(config, comm, found[method])
     return found
 

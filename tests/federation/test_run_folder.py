@@ -18,7 +18,8 @@ from fdiff.comm import SoloCommunicator
 from fdiff.data.pictures import save_grid
 from fdiff.errors import UserError
 from fdiff.federation import federator
-from fdiff.federation.federator import Federator, append_jsonl, write_atomically
+from fdiff.federation.federator import Federator
+from fdiff.federation.logs import append_jsonl, write_atomically
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path, precious, name):
     (run / name).symlink_to(precious)
     kept = federator_of(run)
     kept.open(resume=True)
-    kept.begin(0, {})
+    kept.begin(0, {}, None)
     kept.record(row(1), [])
     kept.sync()
     kept.close()
@@ -60,9 +61,9 @@ def test_a_damaged_setting_is_no_leave_to_go_on_in_a_folder(tmp_path, monkeypatc
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     config = cfg.Config(run=cfg.RunConfig(dir=str(tmp_path)))
     (tmp_path / "setting.json").write_text('{"job": "slurm 7"}')
-    assert Federator(config).was_started_again()
+    assert Federator(config).made_by("slurm 7") and not Federator(config).made_by("slurm 8")
     (tmp_path / "setting.json").write_bytes(damage)
-    assert not Federator(config).was_started_again()
+    assert not Federator(config).made_by("slurm 7")
     with pytest.raises(UserError, match="exists already; choose another, or pass --resume"):
         federation.run(config, SoloCommunicator(), torch.device("cpu"))
     assert (tmp_path / "setting.json").read_bytes() == damage

@@ -36,7 +36,10 @@ def clean_env(**more: str) -> dict[str, str]:
 
 
 class Job:
-    """`fdiff ARGUMENTS` on so many ranks in the folder `cwd`; what they print goes to files in the folder `logs`."""
+    """`fdiff ARGUMENTS` on so many ranks in the folder `cwd`; what they print goes to files in the folder `logs`.
+
+    `more` has arguments of single ranks. The ranks meet at `port`, or at a free one.
+    """
 
     def __init__(
         self,
@@ -45,12 +48,22 @@ class Job:
         cwd: Path,
         before: Before | None = None,
         logs: Path | None = None,
+        port: int = 0,
+        more: Mapping[int, Sequence[object]] | None = None,
     ) -> None:
         self.logs, self.name = logs or cwd, f"job-{time.monotonic_ns()}"
-        words, port = [str(word) for word in arguments], free_port()
+        self.port = port or free_port()
         self.processes = [
             PROCESSES.Process(
-                target=_rank, args=(words, cwd, environment(rank, ranks, port), self._file(rank), before, rank)
+                target=_rank,
+                args=(
+                    [str(word) for word in (*arguments, *(more or {}).get(rank, ()))],
+                    cwd,
+                    environment(rank, ranks, self.port),
+                    self._file(rank),
+                    before,
+                    rank,
+                ),
             )
             for rank in range(ranks)
         ]

@@ -93,6 +93,7 @@ class Job:
 
     process: subprocess.Popen[bytes]
     folder: Path
+    name: str = "printed"
 
     def wait(self, timeout_s: float) -> int:
         """Its exit status; a hang fails the test."""
@@ -101,18 +102,18 @@ class Job:
     @property
     def printed(self) -> str:
         """All that it and its ranks have printed, submitit's logs included."""
-        logs = [self.folder / "printed", *sorted(self.folder.glob("runs/submitit/*_log.out"))]
+        logs = [self.folder / self.name, *sorted(self.folder.glob("runs/submitit/*_log.out"))]
         return "\n".join(log.read_text(errors="replace") for log in logs)
 
 
 @contextmanager
-def started(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[Job]:
-    """Start a job; what is left of it at the end of the block is killed."""
+def started(command: list[str], folder: Path, env: dict[str, str], name: str = "printed") -> Iterator[Job]:
+    """Start a job, which prints into a file of that name; what is left of it at the end of the block is killed."""
     folder.mkdir(exist_ok=True)
-    with (folder / "printed").open("wb") as out:
+    with (folder / name).open("wb") as out:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
-        yield Job(process, folder)
+        yield Job(process, folder, name)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

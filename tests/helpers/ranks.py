@@ -20,7 +20,8 @@ from forked_jobs import free_port
 from warm_server import PROCESSES
 
 from fdiff.comm.base import Communicator
-from fdiff.comm.torch_dist import TorchCommunicator, tcp_store
+from fdiff.comm.torch_dist import TorchCommunicator, meet_at
+from fdiff.runtime import Rendezvous
 
 
 @dataclass
@@ -108,7 +109,7 @@ def _child(
     """Ends as the command line does: closes after success, aborts after failure."""
     torch.set_num_threads(1)
     if isinstance(place, int):
-        store = tcp_store("127.0.0.1", place, rank == 0, "0", size, patience_s)
+        store = meet_at(Rendezvous("127.0.0.1", place, rank == 0, "a test"), rank, size, patience_s).store
     else:
         store = dist.FileStore(place, size)
     comm = TorchCommunicator(store, rank, size, patience_s)

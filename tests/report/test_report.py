@@ -12,7 +12,7 @@ from browser import browser
 from jobs import TINY, fdiff, in_turn, rows
 
 from fdiff.errors import UserError
-from fdiff.federation.federator import append_jsonl
+from fdiff.federation.logs import append_jsonl
 from fdiff.report import charts, read_run, render
 from fdiff.report.charts import Curve, bars, curves, heat_map
 
@@ -197,7 +197,7 @@ def test_a_run_that_has_only_begun_and_a_folder_that_is_none(runs, tmp_path):
     with pytest.raises(UserError, match="none: is not a run folder of fdiff train"):
         read_run(tmp_path / "none")
     (begun / "config.yaml").write_text("method: half")
-    with pytest.raises(UserError, match="cannot be read as a run .method: 'half'"):
+    with pytest.raises(UserError, match="config.yaml: method: 'half' is not valid"):
         read_run(begun)
 
 

@@ -165,8 +165,13 @@ def test_visible_devices_are_kept() -> None:
 
 
 def test_torchrun_announces_its_own_meeting_place() -> None:
-    assert rendezvous(IN_TORCHRUN, TORCHRUN) == Rendezvous("node1", 29500, False, "2")
+    assert rendezvous(IN_TORCHRUN, TORCHRUN) == Rendezvous("node1", 29500, False, None, True)
+    named = TORCHRUN | {"TORCHELASTIC_RUN_ID": "42"}
+    assert rendezvous(IN_TORCHRUN, named) == Rendezvous("node1", 29500, False, "torchrun's job 42", True)
     static = {k: v for k, v in TORCHRUN.items() if k != "TORCHELASTIC_USE_AGENT_STORE"}
+    assert rendezvous(Launch("openmpi", 0, 2, 0, 2), {"MASTER_PORT": "tcp://10.0.0.1:80"}) is None  # Kubernetes' own
+    with pytest.raises(UserError, match="MASTER_PORT: 'tcp://10.0.0.1:80' is not valid"):
+        rendezvous(IN_TORCHRUN, TORCHRUN | {"MASTER_PORT": "tcp://10.0.0.1:80"})
     place = rendezvous(Launch("torchrun", 0, 8, 0, 4), static)
     assert place is not None and place.serve  # rank 0 does, since no agent does
 
@@ -203,12 +208,12 @@ def test_a_requeued_job_does_not_meet_its_past() -> None:
     step = SRUN | {"SLURM_STEP_NUM_NODES": "1"}
     first, again = rendezvous(IN_SRUN, step), rendezvous(IN_SRUN, step | {"SLURM_RESTART_COUNT": "1"})
     assert first is not None and again is not None
-    assert first.port != again.port and (first.attempt, again.attempt) == ("0", "1")
+    assert first.port != again.port and first.job == again.job == "Slurm's job 4711.0"
 
 
 def test_a_master_that_is_set_wins() -> None:
     place = rendezvous(IN_SRUN, SRUN | {"MASTER_ADDR": "node1", "MASTER_PORT": "16123"})
-    assert place == Rendezvous("node1", 16123, False, "0")
+    assert place == Rendezvous("node1", 16123, False, "Slurm's job 4711.0")
 
 
 def test_submitit_local_meets_on_the_loopback_address() -> None:
@@ -235,7 +240,8 @@ def test_cray_gpu_support_is_on_only_if_switched_on() -> None:
 def test_a_job_that_is_started_again_keeps_its_name():
     requeued = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}
     assert restarts(requeued) == 1 and restarts({}) == 0
-    assert job_name(requeued) == job_name({"SLURM_JOB_ID": "12"}) == "slurm 12"
+    assert job_name(None, requeued) == job_name(None, {"SLURM_JOB_ID": "12"}) == "slurm 12"
     first, again = ({"TORCHELASTIC_RESTART_COUNT": n, "TORCHELASTIC_RUN_ID": "none"} for n in "01")
-    assert restarts(again) == 1 and job_name(first) == job_name(again) is not None
-    assert job_name({}) is None
+    assert restarts(again) == 1 and job_name(None, first) == job_name(None, again) is not None
+    assert job_name("a store", again) == "torchrun a store none"  # as every agent of torchrun says
+    assert job_name(None, {}) is None

@@ -17,9 +17,9 @@ from faults.runs import LOADING, logged, rounds_there, train
 from jobs import arrays
 from launchers import wait_for
 
-from fdiff.errors import Interrupted
+from fdiff.errors import Interrupted, RunError
 from fdiff.federation import host
-from fdiff.federation.snapshot import open_checkpoint
+from fdiff.federation.saved import open_checkpoint
 from fdiff.runtime import signals
 from fdiff.runtime.signals import ECHO_S, Stop
 
@@ -66,6 +66,21 @@ def test_outside_of_a_run_signals_do_what_they_did():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.heeding_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launcher_that_is_gone_ends_its_ranks_at_the_next_safe_point():
+    Stop(os.getppid()).check()
+    with pytest.raises(RunError, match="the launcher that started the ranks is gone; go on with --resume"):
+        Stop(os.getpid()).check()
+
+
 # --- real ranks ----------------------------------------------------------------------------------------------------
 
 ROUNDS = ("--run.checkpoint_every", 100)  # only the signal brings about a checkpoint
@@ -78,15 +93,16 @@ def started(folder: Path, ranks: int, fault=None, more=()) -> Job:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_commits_the_last_complete_round(tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGHUP)])
+def test_ctrl_c_and_a_closed_terminal_commit_the_last_complete_round(tmp_path, ranks, number):
     job = started(tmp_path, ranks)
     for rank in range(ranks):
-        job.signal(rank, signal.SIGINT)
-    assert job.wait(60) and set(job.statuses()) == {130} and not job.left_over
+        job.signal(rank, number)
+    assert job.wait(60) and set(job.statuses()) == {128 + number} and not job.left_over
     complete = logged(tmp_path / "run")[-1]["round"]
     assert rounds_there(tmp_path / "run") == [complete]
-    assert len(job.errors()) == 1 and f"stopped by SIGINT; round {complete} is committed" in job.errors()[0]
+    assert len(job.errors()) == 1
+    assert f"stopped by {signal.Signals(number).name}; round {complete} is committed" in job.errors()[0]
 
 
 def drop_one(rank: int) -> None:

@@ -24,7 +24,7 @@ from fdiff.commands import sweep as command
 from fdiff.commands.flags import parse
 from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
-from fdiff.federation.federator import append_jsonl
+from fdiff.federation.logs import append_jsonl
 from fdiff.runtime.signals import Stop
 from fdiff.sweeps import Result, as_csv, as_latex, as_text, bring_to_end, find, read, result, running
 from fdiff.sweeps.grid import SHIPPED
@@ -89,12 +89,42 @@ def test_the_files_that_ship_are_sound(path, tmp_path):
         ({"grid": {"runtime.precision": ["bf16"]}}, "runtime: is not for a sweep's file"),
         ({"preset": "maxi"}, "'maxi' is not a preset"),
         ({"gird": 1}, "must have the key grid"),
+        ({"grid": {}}, "must have the key grid, with fields"),
+        ({"grid": {5: [1]}}, "grid: 5 is not a field"),
+        ({"grid": {"run.dir": ["x", "y"]}}, "run.dir: is not for a sweep's file; give --out"),
+        ({"fields": {"run": {"dir": "x"}}}, "run.dir: is not for a sweep's file; give --out"),
+        ({"fields": {5: {}}}, "fields: {5: {}} is not a group of fields"),
+        ({"grid": {"run.seed": list(range(20)), "data.seed": list(range(51))}}, "1020 combinations; a sweep has"),
+        ({"preset": 5}, "preset: 5 is not the name of a preset"),
+        ({"fields": {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": 1}}}}}}}}}, "more than 8 levels deep"),
+        ({"fields": {"x": "y" * 70_000}}, "has more than 65536 bytes"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, more, expected):
     with pytest.raises(UserError, match="(?s)") as refused:
         read(sweep_file(tmp_path, **more), tmp_path, ALONE)
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_few_lines_that_stand_for_gigabytes_are_refused(tmp_path):
+    bomb = "".join(f" a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(9))
+    (tmp_path / "bomb.yaml").write_text(f"grid:\n{bomb}")
+    with pytest.raises(UserError, match="line 3: an alias"):
+        read(tmp_path / "bomb.yaml", tmp_path, ALONE)
+
+
+def test_every_cell_has_a_folder_of_its_own_under_out(tmp_path):
+    roots = ["../../x", "../../y", "/x", "plain", "z" * 300]
+    sweep = read(sweep_file(tmp_path, grid={"data.root": roots}), tmp_path / "out", ALONE)
+    folders = [cell.config.run_dir for cell in sweep.cells]
+    assert len(set(folders)) == len(roots) and {folder.parent for folder in folders} == {tmp_path / "out"}
+    assert folders[3].name == "root-plain" and all(len(folder.name) < 120 for folder in folders)
+    assert [cell.config.data.root for cell in sweep.cells] == roots
+
+
+def test_a_value_given_twice_is_one_cell(tmp_path):
+    grid = {"method": ["full", "udec", "full"], "optim.lr": [1, 1.0]}
+    assert [c.config.method for c in read(sweep_file(tmp_path, grid=grid), tmp_path, ALONE).cells] == ["full", "udec"]
 
 
 def test_rounds_that_are_saved_can_be_scored(tmp_path):
@@ -315,6 +345,8 @@ def test_a_signal_stops_the_scoring_and_keeps_what_is_scored(swept, monkeypatch)
     with pytest.raises(Interrupted) as stopped:
         bring_to_end(sweep, sweep.cells[1], SoloCommunicator(), CPU, swept / "cache", stop)
     assert stopped.value.status == 128 + signal.SIGUSR2 and stopped.value.agreed
+    again = command._interrupted(stopped.value)
+    assert str(again).endswith("call the same sweep again to go on") and again.agreed
     assert [row["client"] for row in rows(UDEC, "scores") if row["round"] == 2] == [0]
     assert [line.round for line in result(sweep, sweep.cells[1])] == [1]  # not of half of the clients
     monkeypatch.undo()
@@ -324,13 +356,57 @@ def test_a_signal_stops_the_scoring_and_keeps_what_is_scored(swept, monkeypatch)
     assert same_scores(table(), before)
 
 
+@pytest.mark.parametrize(
+    ("score", "fields", "expected"),
+    [
+        ({"images": 20}, {}, "--images: 20 images are too few for frechet"),
+        ({"images": 100}, {"data": {**TINY["data"], "test_limit": 50}}, "data.test_limit: 50 images are too few"),
+        ({"images": 100, "extractor": "fmnist-cnn"}, {"data": {**TINY["data"], "channels": 3}}, "1 channel"),
+    ],
+)
+def test_what_cannot_be_scored_is_not_trained(tmp_path, monkeypatch, score, fields, expected):
+    monkeypatch.chdir(tmp_path)
+    sweep_file(tmp_path, fields={**TINY, **fields}, score=score)
+    with pytest.raises(UserError, match=expected):
+        go_on()
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda: (UDEC / "config.yaml").write_text("a: [1"), "config.yaml"),
+        (lambda: (UDEC / "config.yaml").write_text("{}\nmodel: 5\n"), "config.yaml"),
+        (lambda: (UDEC / "scores.jsonl").write_text("nothing\n"), "scores.jsonl: line 1 is no row"),
+    ],
+)
+def test_a_damaged_cell_fails_alone_and_by_its_file(swept, damage, says):
+    before = table()
+    damage()
+    keep(FULL / "scores.jsonl", lambda row: row["round"] < 2)  # the other one has something to do
+    with pytest.raises(RunError) as failed:
+        go_on()
+    assert says in str(failed.value) and "clients-2_method-udec" in str(failed.value)
+    assert "method-full" not in str(failed.value) and "Error" not in str(failed.value)
+    assert same_scores(table(), before[:2])
+
+
+@pytest.mark.slow
+def test_a_log_that_was_emptied_is_made_whole(swept):
+    before = table()
+    (UDEC / "rounds.jsonl").write_text("")
+    go_on()
+    assert [line["communicated_parameters"] for line in table()] == [line["communicated_parameters"] for line in before]
+
+
 # --- as a job of its own ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--tasks_per_node", "3"], "3 ranks for 2 clients"),
+        (["--tasks_per_node", "3"], "2 clients cannot occupy 3 ranks"),
         (["--federation.rounds", "3"], "--sweep: the file says what runs; besides it give only --run.dir"),
         (["--array", "a.yaml"], "--array: 'a.yaml' does not go with --sweep"),
         (["--sweep", "none"], "'none' is no file and not one of those that ship"),

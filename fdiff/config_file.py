@@ -1,10 +1,11 @@
-"""A YAML file of fields laid over a configuration.
+"""YAML files of fields: of a configuration, over which they are laid, or of a sweep.
 
 The file is data from outside: its size, its depth and its kinds of nodes are checked before anything is made of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ MAX_DEPTH = 8
 
 def apply_config_file(base: Config, file: Path, flag: str = "--config") -> Config:
     """The base with the fields of the file; UserError names the flag and the file that cannot be used."""
+    values = to_dict(base)
+    lay_over(values, read_fields(file, flag))
+    return from_dict(values)
+
+
+def lay_over(values: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Put fields, nested as in a file, over the values, in place."""
+    for name, value in fields.items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
+
+
+def read_fields(file: Path, flag: str) -> dict[str, Any]:
+    """The fields of a file, nested; UserError names the flag and the file that cannot be used."""
     try:
         with file.open("rb") as opened:
             data = opened.read(MAX_BYTES + 1)
@@ -34,11 +49,7 @@ def apply_config_file(base: Config, file: Path, flag: str = "--config") -> Confi
         raise UserError(f"{flag}: {file} is not YAML ({reason})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{flag}: {file} has no fields; it must look like the output of --print-config")
-    values = to_dict(base)
-    for name, value in fields.items():
-        both = isinstance(value, dict) and isinstance(values.get(name), dict)
-        values[name] = {**values[name], **value} if both else value
-    return from_dict(values)
+    return fields
 
 
 def _plain(text: str) -> Any:

@@ -1,0 +1,92 @@
+"""A saved checkpoint as a source of models, without its run: to draw, score and export them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdiff import checkpoint
+from fdiff.checkpoint import Damaged
+from fdiff.comm import Communicator, exchange_json
+from fdiff.config import Config
+from fdiff.errors import UserError
+from fdiff.federation.snapshot import described, newest_sound
+from fdiff.federation.validate import check_client, check_global, private_parts
+from fdiff.federation.voting import together
+from fdiff.model import PARTS
+from fdiff.plan import SHARED_PARTS
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as a source of models: its folder, which stays as long as this does, configuration and round."""
+
+    path: Path
+    config: Config
+    round: int
+    shared: dict[str, np.ndarray]
+    hold: checkpoint.Hold | None = None
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it holds moving averages."""
+        return any(name.startswith("ema/") for name in self.shared)
+
+    def parameters(self, client: int | None, ema: bool) -> Tensor:
+        """A whole model (P,): that of a client, or the global one (None) where no part is private."""
+        arrays = {p: self.shared[f"{'ema' if ema else 'parts'}/{p}"] for p in SHARED_PARTS[self.config.method]}
+        private = private_parts(self.config)
+        if private:
+            arrays |= self._private(self._own(client or 0), private, ema)
+        return torch.from_numpy(np.concatenate([arrays[p] for p in PARTS]))
+
+    def local_parameters(self, client: int, ema: bool) -> Tensor:
+        """A client's model (P,) as it trained it in this round, before the average; UserError if it was not kept."""
+        own = self._own(client)
+        if not ema and "local" not in own:
+            file = self.path / checkpoint.client_file(client)
+            raise UserError(f"--local: {file} has no model from before the average; train with --run.keep_local")
+        # Private parts come first in the arena.
+        arrays = [own["ema"]] if ema else [*(own[f"private/{p}"] for p in private_parts(self.config)), own["local"]]
+        return torch.from_numpy(np.concatenate(arrays))
+
+    def _own(self, client: int) -> dict[str, np.ndarray]:
+        own = checkpoint.read_generation(self.path, [client])[2][0]
+        check_client(self.path / checkpoint.client_file(client), self.config, described(own))
+        return own
+
+    def _private(self, own: Mapping[str, np.ndarray], parts: tuple[str, ...], ema: bool) -> dict[str, np.ndarray]:
+        sizes = {p: own[f"private/{p}"].size for p in parts}
+        if not ema:
+            return {p: own[f"private/{p}"] for p in parts}
+        ends = np.cumsum([sizes[p] for p in parts])  # private parts come first in the arena
+        return {p: own["ema"][end - sizes[p] : end] for p, end in zip(parts, ends, strict=True)}
+
+
+def open_checkpoint(path: Path) -> Saved:
+    """A checkpoint's folder, or a run's, of which the newest sound checkpoint is meant. Damaged if there is none."""
+    if not (path / "global.h5").exists() and checkpoint.root(path).is_dir():
+        newest = newest_sound(path)
+        hold = checkpoint.hold(newest.path) if newest else None
+        while newest and hold is None:  # the run has gone on meanwhile
+            newest = newest_sound(path)
+            hold = checkpoint.hold(newest.path) if newest else None
+        path = path if newest is None else newest.path
+    else:
+        hold = checkpoint.hold(path)
+    if not path.is_dir():
+        raise Damaged(f"{path}: is not a folder; give a run or a checkpoint, e.g. RUN/checkpoints/round-000015")
+    arrays, saved, _ = checkpoint.read_generation(path)
+    return Saved(path, check_global(path, saved, described(arrays)), saved["round"], arrays, hold)
+
+
+def open_together(comm: Communicator, path: Path) -> Saved:
+    """The same checkpoint on every rank, which all call it: rank 0 says which one is the newest of a run."""
+    mine = together(comm, lambda: open_checkpoint(path) if comm.rank == 0 else None)
+    chosen = Path(exchange_json(comm, str(mine.path) if mine else "")[0])
+    return together(comm, lambda: mine or open_checkpoint(chosen))
