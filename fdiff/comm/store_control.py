@@ -110,11 +110,12 @@ class StoreControl:
         try:
             return aside(questions, look)
         except dist.DistError as error:
-            raise self._lost_store("is gone") from error
+            with_it = ", and with it the store through which the ranks talk" if self._served_by is None else ""
+            raise self._lost_store(f"is gone{with_it}") from error
 
     def _lost_store(self, what: str) -> LostRanks:
         if self._served_by is None:
-            return self._lost([0], f"{what}, and with it the store through which the ranks talk")
+            return self._lost([0], what)
         text = f"rank {self._rank}: the store through which the ranks talk {what}: that of {self._served_by}"
         return LostRanks([], text, self._rank)  # each rank finds out for itself
 

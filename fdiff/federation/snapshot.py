@@ -3,7 +3,7 @@
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
                      samples (n, C, S, S) uint8, if the round drew a grid.
                      Header: round, config, layout, images of each client, reporters, metrics of the round, the rows
-                     of the logs up to it
+                     of the logs up to it, if they are not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
                      (P,), step ()
 
@@ -41,6 +41,8 @@ MAY_CHANGE = (
 ARITHMETIC = (
     "runtime.precision", "runtime.reduction", "runtime.threads", "runtime.device", "runtime.execution", "runtime.layout"
 )  # fmt: skip
+
+MAX_ROWS = 10_000  # of the logs, in a checkpoint: some megabytes
 
 
 class HostCopies:
@@ -127,7 +129,11 @@ def _complete_copies(host: Host) -> None:
 def header(
     host: Host, images: Mapping[int, int], metrics: Mapping[str, Any], logs: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
-    """What global.h5 says beside its arrays; `metrics` is the round's line of the log, `logs` all lines so far."""
+    """What global.h5 says beside its arrays; `metrics` is the round's line of the log, `logs` all lines so far.
+
+    Of a run so long that they would outgrow what is trained it holds none.
+    """
+    few = sum(map(len, logs.values())) <= MAX_ROWS
     return {
         "round": metrics["round"],
         "config": to_dict(host.trainer.config),
@@ -135,7 +141,7 @@ def header(
         "images": [images[client] for client in sorted(images)],
         "reporters": metrics["reporters"],
         "metrics": dict(metrics),
-        "logs": {name: list(rows) for name, rows in logs.items()},
+        **({"logs": {name: list(rows) for name, rows in logs.items()}} if few else {}),
     }
 
 

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdiff import checkpoint, federation
+from fdiff import config as cfg
+from fdiff.comm import SoloCommunicator
 from fdiff.errors import UserError
-from fdiff.federation import logs
+from fdiff.federation import logs, snapshot
 
 
 def row(number: int, **more: object) -> dict[str, object]:
@@ -80,3 +84,19 @@ def test_of_a_checkpoint_that_holds_no_rows_the_log_keeps_what_it_has(tmp_path: 
     (tmp_path / "rounds.jsonl").write_text(text([row(1), row(2), row(3)]))
     assert logs.restore_logs(tmp_path, 2, None) == []
     assert logs.read_jsonl(tmp_path / "rounds.jsonl") == [row(1), row(2)]
+
+
+def test_a_long_run_does_not_carry_all_its_rows_from_checkpoint_to_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    """Four rows fit here: those of one round, with three clients."""
+    monkeypatch.setattr(snapshot, "MAX_ROWS", 4)
+    config = cfg.Config(
+        federation=cfg.FederationConfig(clients=3, rounds=2, local_epochs=1),
+        data=cfg.DataConfig(image_side=8, limit=12),
+        model=cfg.ModelConfig(dim=8, dim_mults=(1, 2), head_dim=8),
+        sample=cfg.SampleConfig(every=0),
+        run=cfg.RunConfig(dir=str(tmp_path / "run")),
+    )
+    federation.run(config, SoloCommunicator(), torch.device("cpu"))
+    folders = [generation.path for generation in checkpoint.generations(tmp_path / "run")]
+    assert ["logs" in checkpoint.read_generation(folder)[1] for folder in folders] == [True, False]
+    assert [row["round"] for row in logs.read_jsonl(tmp_path / "run" / "rounds.jsonl")] == [1, 2]
