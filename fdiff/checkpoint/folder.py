@@ -111,7 +111,7 @@ def prune(run_dir: Path, keep: int) -> None:
     """
     complete = generations(run_dir)
     for partial in root(run_dir).glob(".partial-*"):
-        if complete and partial.name <= partial_folder(run_dir, complete[-1].round).name:
+        if complete and partial != partial_folder(run_dir, complete[-1].round + 1):
             shutil.rmtree(partial, ignore_errors=True)
     for old in complete[:-keep]:
         if (nobody_else := _lock(old.path, fcntl.LOCK_EX)) is None:

@@ -37,8 +37,8 @@ def run(
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     failed: dict[str, str] = {}
     cache = cache_folder("features")
-    sweeps.check_before_training(sweep, comm, device, cache)
     with heeding_signals(launcher.started_by()) as stop:
+        sweeps.check_before_training(sweep, comm, device, cache)
         for i, cell in enumerate(sweep.cells):
             if comm.rank == 0:
                 log.info("[%d/%d] %s", i + 1, len(sweep.cells), cell.name)

@@ -184,10 +184,6 @@ class NoFederator:
     def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:
         """Nothing."""
 
-    def count_start(self, fruitful: bool) -> int:
-        """Rank 0 knows."""
-        return 0
-
     def bar(self, round: int, steps: int) -> tqdm:
         """An invisible one."""
         return tqdm(disable=True)

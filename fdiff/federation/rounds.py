@@ -24,7 +24,7 @@ from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
 from fdiff.federation.sampling import draw_grid
-from fdiff.federation.voting import Votes
+from fdiff.federation.voting import Votes, on_rank_0
 from fdiff.plan import plan_round
 from fdiff.runtime import Stop, launcher
 
@@ -193,9 +193,10 @@ class Federation:
         kept, more = keep_clients(self._under_way, self.rank, self.votes)
         done = f"round {self._last} is committed" if self._last else "no round was complete"
         done += f", clients kept of round {self._last + 1}: {kept}" if kept else ""
-        fruitless = self.federator.count_start(fruitful=self._last > self._began_with or more > 0)
+        fruitful = self._last > self._began_with or more > 0
+        fruitless = on_rank_0(self.comm, lambda: self.federator.count_start(fruitful))
         go_on = f"go on with --resume --run.dir {self.config.run_dir}"
-        if exchange_json(self.comm, fruitless)[0] < FRUITLESS or interruption.number == signal.SIGINT:
+        if fruitless < FRUITLESS or interruption.number == signal.SIGINT:
             stopped: RunError = Interrupted(interruption.number, f"{done}; {go_on}")
         else:  # another status, so that nobody starts the job again
             remedy = "give the job more time or more ranks, or fewer federation.local_epochs"

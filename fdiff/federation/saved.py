@@ -71,11 +71,9 @@ class Saved:
 def open_checkpoint(path: Path) -> Saved:
     """A checkpoint's folder, or a run's, of which the newest sound checkpoint is meant. Damaged if there is none."""
     if not (path / "global.h5").exists() and checkpoint.root(path).is_dir():
-        newest = newest_sound(path)
-        hold = checkpoint.hold(newest.path) if newest else None
-        while newest and hold is None:  # the run has gone on meanwhile
-            newest = newest_sound(path)
-            hold = checkpoint.hold(newest.path) if newest else None
+        hold = None
+        while (newest := newest_sound(path)) and (hold := checkpoint.hold(newest.path)) is None:
+            pass  # the run has gone on meanwhile
         path = path if newest is None else newest.path
     else:
         hold = checkpoint.hold(path)

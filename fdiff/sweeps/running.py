@@ -62,8 +62,13 @@ def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device
         if on_rank_0(comm, lambda cell=cell: _seems_complete(sweep, cell)):
             continue
         checked.add(what)
-        together(comm, lambda config=config: check_ranks(config, comm.size))
-        Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
+        try:
+            together(comm, lambda config=config: check_ranks(config, comm.size))
+            Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
+        except UserError as error:
+            named = UserError(f"{cell.name}: {error}")
+            named.agreed = error.agreed
+            raise named from None
 
 
 def _seems_complete(sweep: Sweep, cell: Cell) -> bool:
