@@ -29,8 +29,9 @@ ROOT = Path(__file__).parents[2]
 def run(record: Record, setting: Setting) -> None:
     """All four while time lasts; two ranks share the GPU for `round`, which one alone has not."""
     config, checkpoint.WIDTHS = paper(setting), (64,)
+    checkpoint.COMMITS = checkpoint.STALLS = 3  # of five minutes for all there is less than one for commits
     if setting.dry:
-        checkpoint.WIDTHS, checkpoint.REPEATS = (8,), 2
+        checkpoint.WIDTHS, checkpoint.COMMITS, checkpoint.STALLS, checkpoint.REST_S = (8,), 2, 2, 0.0
         scale.CLIENTS, scale.REPEATS = (1, 2, 5), 1
         sample.REPEATS = 1
         record.skip("device memory of many clients")
