@@ -44,14 +44,23 @@ class FederationConfig:
 class DataConfig:
     """Which images, and how they are split among the clients."""
 
-    dataset: Literal["embedded", "fashion-mnist", "celeba", "cifar10", "folder"] = "embedded"
-    """The data set; `embedded` is an excerpt of Fashion-MNIST in the package (2,000 + 500 images)."""
+    dataset: Literal["embedded", "fashion-mnist", "celeba", "cifar10", "folder", "silos"] = "embedded"
+    """The data set; `embedded` is an excerpt of Fashion-MNIST in the package (2,000 + 500 images), `silos` what it
+    always is with partition `private`."""
     root: str | None = None
     """Folder of the data set; with partition `private` a template with {client}: a folder or an HDF5 file each."""
-    image_side: int = 28
-    """Side of the square images, in pixels; images of another side are resized by area."""
-    channels: int = 1
-    """1 (greyscale) or 3 (RGB)."""
+    image_side: int | None = None
+    """Side of the square images that the model sees, in pixels; by default that of the images found."""
+    channels: int | None = None
+    """1 (greyscale) or 3 (RGB); by default what the images found have."""
+    axes: str | None = None
+    """What the axes of a silo's HDF5 images are: N, H, W and C in their order, e.g. NHWC; by default inferred."""
+    background: str = "white"
+    """What shows through transparent pixels: white, black or #RRGGBB."""
+    max_pixels: int = 64_000_000
+    """Image files with more pixels are refused, before memory is taken for them."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """When an image file is unfit: refuse to start, or leave out all that are unfit when the run starts."""
     partition: Literal["iid", "label-skew", "quantity-skew", "private"] = "iid"
     """How the training images are split; `private`: not at all, each client has its own folder or file."""
     beta: float = 0.5
@@ -59,15 +68,33 @@ class DataConfig:
     seed: int = 2023
     """Seed of the split, for NumPy's legacy generator."""
     limit: int | None = None
-    """Use only the first so many training images (of each client with `private`)."""
+    """Use only so many training images (of each client with `private`), drawn once with `seed`."""
     test_limit: int | None = None
-    """Use only the first so many test images."""
+    """Use only so many test images, drawn once with `seed`."""
     in_memory: Literal["auto", "always", "never"] = "auto"
     """Keep a client's images on the device as uint8; `auto`: where they take at most half of the free memory."""
     workers: int = 2
     """Loader processes for images that do not fit in memory."""
     download: bool = False
     """Download Fashion-MNIST through torchvision where the root lacks it."""
+    changed: bool = field(default=False, metadata={"stored": False})
+    """Resume although the images are not those of before; for one start, and stored nowhere."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of the images that the model sees; UserError where only the images can tell."""
+        channels, side = self.channels or _CHANNELS.get(self.dataset), self.image_side or _SIDES.get(self.dataset)
+        if channels is None or side is None:
+            raise UserError(
+                f"data.image_side, data.channels: not given, and only the images of {self.dataset} tell; give "
+                "--data.image_side and --data.channels"
+            )
+        return channels, side, side
+
+
+# Of data sets whose images are all alike, so that nobody has to look at them.
+_SIDES = {"embedded": 28, "fashion-mnist": 28, "cifar10": 32}
+_CHANNELS = {"embedded": 1, "fashion-mnist": 1, "cifar10": 3, "celeba": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +214,8 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, DataConfig) and self.data.partition == "private":
+            object.__setattr__(self, "data", replace(self.data, dataset="silos"))
         validate(self)
 
     @property
@@ -231,8 +260,17 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "federation.rounds": _between(1, MANY),
     "federation.local_epochs": _between(1, MANY),
     "federation.fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "data.image_side": (lambda v: 1 <= v <= 4096, "between 1 and 4096 pixels"),
-    "data.channels": (lambda v: v in (1, 3), "1 or 3"),
+    "data.image_side": (lambda v: v is None or 1 <= v <= 4096, "between 1 and 4096 pixels, or null"),
+    "data.channels": (lambda v: v in (None, 1, 3), "1, 3 or null"),
+    "data.axes": (
+        lambda v: v is None or sorted(v) in (sorted("NHW"), sorted("NHWC")),
+        "the letters N, H, W and, for colour, C in the order of the axes, e.g. NHWC, or null",
+    ),
+    "data.background": (
+        lambda v: v in ("white", "black") or re.fullmatch("#[0-9a-fA-F]{6}", v),
+        "white, black or #RRGGBB",
+    ),
+    "data.max_pixels": _between(1, 2**40),
     "data.beta": (lambda v: v > 0, "greater than 0"),
     "data.seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
     "data.limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
@@ -303,10 +341,11 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
 def _check_relations(config: Config) -> None:
     data, model, diffusion = config.data, config.model, config.diffusion
     factor = 2 ** (len(model.dim_mults) - 1)
-    if data.image_side % factor:
-        below = max(factor, data.image_side // factor * factor)
+    side = data.image_side or _SIDES.get(data.dataset, factor)
+    if side % factor:
+        below = max(factor, side // factor * factor)
         raise UserError(
-            f"data.image_side: {data.image_side} cannot be halved evenly by the {len(model.dim_mults)} stages of "
+            f"data.image_side: {side} cannot be halved evenly by the {len(model.dim_mults)} stages of "
             f"model.dim_mults; it must be a multiple of {factor}, e.g. {below}"
         )
     if diffusion.beta_start > diffusion.beta_end:
@@ -319,6 +358,11 @@ def _check_relations(config: Config) -> None:
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
             f"{diffusion.timesteps}"
         )
+    if data.dataset == "silos" and data.partition != "private":
+        raise UserError(
+            f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
+            "--data.partition private"
+        )
     if data.partition == "private" and "{client}" not in (data.root or ""):
         raise UserError(
             f"data.root: {data.root!r} is not valid with data.partition private; it must be a path with {{client}} "
@@ -327,11 +371,15 @@ def _check_relations(config: Config) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dict of JSON types; `from_dict` is its inverse."""
+    """Plain nested dict of JSON types, without what is never stored; `from_dict` is its inverse."""
     return {
         k: to_dict(v) if dataclasses.is_dataclass(v) else list(v) if isinstance(v, tuple) else v
-        for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+        for k, v in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if _is_stored(f))
     }
+
+
+def _is_stored(field: dataclasses.Field) -> bool:
+    return field.metadata.get("stored", True)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -363,19 +411,19 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 # --- presets -------------------------------------------------------------------------------------------------------
 
-_VARIANTS = re.compile(r"(fmnist|celeba|mini)((?:-k\d+)?(?:-e\d+)?(?:-label-skew|-quantity-skew)?)")
+_VARIANTS = re.compile(r"(fmnist|celeba|cifar10|folder|mini)((?:-k\d+)?(?:-e\d+)?(?:-label-skew|-quantity-skew)?)")
 PRESETS = (
-    "fmnist, celeba or mini, each also with -kK, -eE, -label-skew or -quantity-skew behind it, in this order "
-    "(fmnist-k10-e5-label-skew)"
+    "fmnist, celeba, cifar10, folder or mini, each also with -kK, -eE, -label-skew or -quantity-skew behind it, in "
+    "this order (fmnist-k10-e5-label-skew)"
 )
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name, e.g. `fmnist`, `fmnist-k10-e1-label-skew`, `celeba`, `mini`."""
+    """The configuration of that name, e.g. `fmnist`, `fmnist-k10-e1-label-skew`, `cifar10`, `mini`."""
     match = _VARIANTS.fullmatch(name)
     if not match:
         raise UserError(f"--preset: {name!r} is not a preset; there are {PRESETS}")
-    config = {"fmnist": fmnist, "celeba": celeba, "mini": mini}[match[1]]()
+    config = {"fmnist": fmnist, "celeba": celeba, "cifar10": cifar10, "folder": folder, "mini": mini}[match[1]]()
     variant = match[2]
     fed = config.federation
     if k := re.search(r"-k(\d+)", variant):
@@ -388,7 +436,7 @@ def preset(name: str) -> Config:
 
 def fmnist() -> Config:
     """The paper's Fashion-MNIST: 60,000 images of 28×28×1, R = 15, K = 5, E = 5, B = 128, dim 28."""
-    return Config(data=DataConfig(dataset="fashion-mnist"))
+    return Config(data=DataConfig(dataset="fashion-mnist", image_side=28, channels=1))
 
 
 def celeba() -> Config:
@@ -401,12 +449,22 @@ def celeba() -> Config:
     )
 
 
+def cifar10() -> Config:
+    """CIFAR-10, 32×32×3, with the paper's settings for CelebA."""
+    return replace(celeba(), data=DataConfig(dataset="cifar10", image_side=32, channels=3))
+
+
+def folder() -> Config:
+    """A folder of images as they are, with the paper's settings for CelebA; its root is still to be given."""
+    return replace(celeba(), data=DataConfig(dataset="folder"))
+
+
 def mini() -> Config:
     """Two cores, under three minutes, clothes instead of noise: the embedded images at 16×16, 2 clients, UDEC."""
     return Config(
         method="udec",
         federation=FederationConfig(clients=2, rounds=14, local_epochs=3, keep_optimizer=True),
-        data=DataConfig(image_side=16),
+        data=DataConfig(image_side=16, channels=1),
         model=ModelConfig(dim=16, head_dim=8),
         optim=OptimConfig(lr=2e-3, batch_size=64, ema=0.98),
         sample=SampleConfig(sampler="ddim", clip=True),

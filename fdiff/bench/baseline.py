@@ -110,7 +110,7 @@ class Loop:
     def sample(self, images: int, times: list[int], steps: int, ddpm: bool) -> None:
         """The first `steps` steps down the descending timesteps `times`: DDPM's, or DDIM's with η = 0."""
         data = self.config.data
-        x = torch.randn(images, data.channels, data.image_side, data.image_side, device=self.device)
+        x = torch.randn(images, *data.shape, device=self.device)
         previous = [*times[1:], None]
         for now, before in list(zip(times, previous, strict=True))[:steps]:
             ac = self._gather(now, images)

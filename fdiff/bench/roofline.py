@@ -134,7 +134,7 @@ def step_work(config: Config) -> list[Work]:
 def _count(config: Config) -> tuple[list[Work], Work]:
     """The products of a step in float32, and Adam."""
     trainer, data = Trainer(config, torch.device("cpu")), config.data
-    batch = torch.zeros(config.optim.batch_size, data.channels, data.image_side, data.image_side, dtype=torch.uint8)
+    batch = torch.zeros(config.optim.batch_size, *data.shape, dtype=torch.uint8)
     with Counter() as counter:
         trainer.step(batch, torch.zeros(len(batch), dtype=torch.int64))
     flat = trainer.buckets.flat

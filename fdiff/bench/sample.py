@@ -24,7 +24,7 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
     """DDPM over all timesteps and DDIM over 50 of them; every rank draws a batch, nothing travels but the gather."""
     config = replace(config, model=replace(config.model, classes=0))
     trainer = Trainer(config, device)
-    empty = np.empty((0, config.data.channels, 1, 1), dtype=np.uint8)
+    empty = np.empty((0, config.data.shape[0], 1, 1), dtype=np.uint8)
     with Baseline(config, device, empty) as baseline:
         return [_measure(config, name, trainer, baseline, comm) for name in ("ddpm", "ddim")]
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
-from fdiff.data import open_client_source, open_source
-from fdiff.data import partition as partitions
+from fdiff.data import split_source
+from fdiff.data.partition import label_counts
 from fdiff.errors import UserError
+from fdiff.federation import open_data
 
 
 def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None:
@@ -20,7 +22,7 @@ def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None
         json: Print one JSON object instead of a table.
         plot: Also draw the counts as a heat map into this PNG file.
     """
-    counts = label_counts(config)
+    counts = counts_of_labels(config)
     sizes = [sum(of_client.values()) for of_client in counts]
     if plot is not None:
         draw(counts, plot)
@@ -37,15 +39,14 @@ def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None
         print(f"{k:>6} {size:>7}  " + " ".join(f"{of_client.get(label, 0):>6}" for label in labels))
 
 
-def label_counts(config: Config) -> list[dict[int, int]]:
+def counts_of_labels(config: Config) -> list[dict[int, int]]:
     """For each client the images it has of each label."""
     data, clients = config.data, config.federation.clients
+    opened = open_data(config, SoloCommunicator())
     if data.partition == "private":
-        own = [open_client_source(data, client, "train").labels for client in range(clients)]
-        return [partitions.label_counts(labels, [np.arange(len(labels))])[0] for labels in own]
-    labels = open_source(data, "train").labels
-    shards = partitions.partition_indices(labels, data.partition, clients, data.beta, data.seed)
-    return partitions.label_counts(labels, shards)
+        return [label_counts(source.labels, [np.arange(len(source))])[0] for source in opened.sources]
+    source = opened.sources[0]
+    return label_counts(source.labels, split_source(source, data, clients))
 
 
 def draw(counts: list[dict[int, int]], path: Path) -> None:

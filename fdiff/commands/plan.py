@@ -1,4 +1,4 @@
-"""Say what a run will communicate and need, without training or data: reporters, N, saving, bytes, time, memory."""
+"""Say what a run will communicate and need, without training: reporters, N, saving, bytes, time, memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json as json_module
 from statistics import mean
 from typing import Any
 
+from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.federation import GIB, Memory, forecast_run, memory_of_rank, methods_table
+from fdiff.federation import GIB, Memory, forecast_run, infer_image_shape, memory_of_rank, methods_table
 
 
 def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwidth: float | None = None) -> None:
@@ -25,6 +26,7 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
         raise UserError(f"--ranks: {ranks} is not valid; it must be between 1 and federation.clients = {clients}")
     if bandwidth is not None and not bandwidth > 0:
         raise UserError(f"--bandwidth: {bandwidth} is not valid; it must be greater than 0 Mbit/s")
+    config = _with_image_shape(config)
     cost = forecast_run(config, ranks, bandwidth)
     if json:
         print(json_module.dumps(cost))
@@ -40,6 +42,14 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     print(_memory(memory_of_rank(config, 0, ranks)))
     print(f"\nall methods, {config.federation.rounds} rounds, {clients} clients on {ranks} ranks:")
     print(methods_table(config, ranks))
+
+
+def _with_image_shape(config: Config) -> Config:
+    """The configuration with the images' shape; the images are opened only where nothing else tells it."""
+    try:
+        return infer_image_shape(config, SoloCommunicator())
+    except UserError as error:
+        raise UserError(f"{error}; or give --data.image_side and --data.channels, to plan without images") from None
 
 
 def _names(clients: list[int]) -> str:

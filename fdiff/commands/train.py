@@ -21,10 +21,10 @@ def run(config: Config, comm: Communicator, device: torch.device, *, resume: boo
         resume: Go on from the newest complete checkpoint of the run folder, if it has one.
     """
     with heeding_signals(launcher.started_by()) as stop:
-        folder = federation.run(config, comm, device, resume, stop)
+        config = federation.run(config, comm, device, resume, stop)
     if comm.rank != 0:
         return
-    fed = config.federation
+    fed, folder = config.federation, config.run_dir
     print(f"\nrun folder   {folder}")
     if (done := newest_round(folder)) > fed.rounds:
         print(f"it has {done} rounds already, more than federation.rounds {fed.rounds}: nothing was trained")

@@ -7,10 +7,20 @@ of one client). Knows no models and no ranks.
 from __future__ import annotations
 
 from fdiff.data.cifar10 import CIFAR10_URL
+from fdiff.data.folder import merge_classes
 from fdiff.data.images import normalise
-from fdiff.data.listing import first_difference, list_source
+from fdiff.data.inspection import Findings, infer_shape, inspect, merge
+from fdiff.data.listing import fingerprint, first_difference, list_split
 from fdiff.data.loaders import PATIENCE_S
-from fdiff.data.opening import open_client_source, open_source
+from fdiff.data.opening import (
+    as_source,
+    open_client_source,
+    open_source,
+    read_client_split,
+    read_split,
+    split_source,
+    without_unfit,
+)
 from fdiff.data.pictures import check_target, save_grid, save_images
 from fdiff.data.shards import Shard
-from fdiff.data.sources import Source, check_labels
+from fdiff.data.sources import Source, Split, check_labels

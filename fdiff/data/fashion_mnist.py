@@ -49,7 +49,7 @@ def read_fashion_mnist(root: str | None, split: str, download: bool) -> Split:
         )
     images, labels = read_idx(found[0], dims=3), read_idx(found[1], dims=1)
     _check(found, images, labels)
-    return Split(f"fashion-mnist, {split} split, {found[0].parent}", images[:, None], labels)
+    return Split(f"fashion-mnist, {split} split, {found[0].parent}", images[:, None], labels, by_area=True)
 
 
 def read_embedded(split: str) -> Split:
@@ -57,7 +57,7 @@ def read_embedded(split: str) -> Split:
     with (resources.files("fdiff") / "assets" / EXCERPT).open("rb") as file:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    return Split(f"embedded Fashion-MNIST excerpt, {split} split", images[:, None], labels)
+    return Split(f"embedded Fashion-MNIST excerpt, {split} split", images[:, None], labels, by_area=True)
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:

@@ -1,16 +1,12 @@
-"""What happens to pixels between a file and the model: decode, crop, resize, grey or RGB, scale."""
+"""What happens to pixels between a file and the model: crop, resize, grey or RGB, scale."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-
-from fdiff.errors import UserError, first_line
 
 BLOCK = 1024  # images resized at once: bounds the float32 copy of a large set
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 weights of R, G, B in 1/65536, as Pillow rounds them
@@ -21,11 +17,11 @@ def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).div_(127.5).sub_(1)
 
 
-def prepare(images: Tensor, side: int, channels: int) -> Tensor:
+def prepare(images: Tensor, side: int, channels: int, by_area: bool = False) -> Tensor:
     """uint8 (n, C, H, W) to uint8 (n, channels, side, side); C is 1 or 3, and a fit is returned as it is.
 
-    The largest centred square is resized: averaged over areas where it shrinks, antialiased bilinear where it
-    grows, rounded to the nearest level.
+    The largest centred square is resized as `fit` does, or with `by_area` averaged over areas where it shrinks and
+    antialiased bilinear where it grows, rounded to the nearest level.
     """
     if images.shape[1:] == (channels, side, side):
         return images
@@ -34,22 +30,30 @@ def prepare(images: Tensor, side: int, channels: int) -> Tensor:
         block = images[start : start + BLOCK]
         if channels < block.shape[1]:
             block = _grey(block)
-        out[start : start + BLOCK] = _resize(_centre_square(block), side)  # grey is repeated to RGB
+        block = _centre_square(block)
+        out[start : start + BLOCK] = _resize(block, side) if by_area else _fit_all(block, side)  # grey is repeated
     return out
 
 
-def read_image(path: Path, side: int, channels: int) -> Tensor:
-    """The image file as uint8 (channels, side, side), as `prepare` makes it; UserError names a bad file."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({first_line(error)}); replace or remove it") from None
-    if mode.startswith(("I", "F")):  # Pillow would clip its 16 or 32 bits to 8
-        raise UserError(f"{path}: has more than 8 bits a channel (mode {mode}); convert it to 8 bits")
-    planes = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
-    return prepare(planes[None], side, channels)[0].contiguous()
+def fit(image: Image.Image, side: int, channels: int) -> Tensor:
+    """The image's largest centred square as uint8 (channels, side, side).
+
+    Resized as torchvision's `Resize` does with 8-bit images: antialiased bilinear, in Pillow's own arithmetic.
+    """
+    image = image.convert("RGB" if channels == 3 else "L")
+    edge = min(image.size)
+    left, top = ((length - edge) // 2 for length in image.size)
+    square = image.crop((left, top, left + edge, top + edge))
+    pixels = np.array(square if edge == side else square.resize((side, side), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).reshape(side, side, channels).permute(2, 0, 1).contiguous()
+
+
+def _fit_all(images: Tensor, side: int) -> Tensor:
+    """uint8 (n, C, S, S) to (n, C, side, side)."""
+    if images.shape[-1] == side:
+        return images
+    channels, rows = images.shape[1], images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    return torch.stack([fit(Image.fromarray(row), side, channels) for row in rows])
 
 
 def _grey(images: Tensor) -> Tensor:

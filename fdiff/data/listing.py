@@ -1,32 +1,31 @@
-"""What a source consists of, in lines that ranks can compare: they split one data set only if all see the same one."""
+"""What a split consists of, so that ranks, or a run and its resumption, can tell whether they have the same images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
 
-from fdiff.data.images import BLOCK
-from fdiff.data.sources import FileSource, Source
+from fdiff.data.sources import Split
 from fdiff.errors import UserError
 
+WHOLE = 2**28  # bytes of image files that are read to tell whether they are the same; of more a sample
+KINDS = ("names", "sizes", "contents", "labels")
 
-def list_source(source: Source, root: str | None) -> list[str]:
+
+def list_split(split: Split, root: str | None) -> list[str]:
     """A line for each image file, its name under `root` and its size in bytes; of images in memory one with a checksum.
 
     The last line is the checksum of the labels. UserError if a file is gone.
     """
-    labels = f"labels, BLAKE3 {blake3(np.ascontiguousarray(source.labels).tobytes()).hexdigest()}"
-    if not isinstance(source, FileSource):
-        digest = blake3()
-        for start in range(0, len(source), BLOCK):
-            digest.update(source.images(np.arange(start, min(start + BLOCK, len(source)))).numpy().tobytes())
-        return [f"{len(source)} images, BLAKE3 {digest.hexdigest()}", labels]
-    return [f"{_name(path, root)}, {_size(path)} bytes" for path in source.paths] + [labels]
+    labels = f"labels, BLAKE3 {_labels(split)}"
+    if isinstance(split.images, np.ndarray):
+        return [f"{len(split)} images, BLAKE3 {_digest([split.images])}", labels]
+    return [f"{_name(path, root)}, {_size(path)} bytes" for path in split.images] + [labels]
 
 
 def first_difference(lists: Sequence[Sequence[str]]) -> str | None:
@@ -41,6 +40,40 @@ def first_difference(lists: Sequence[Sequence[str]]) -> str | None:
     return None
 
 
+def fingerprint(split: Split, root: str | None) -> dict[str, str]:
+    """Checksums of a split's names, sizes, contents and labels; neither the place of `root` nor times count.
+
+    Contents are all bytes of images in memory, or of files up to WHOLE bytes; of more a fixed sample of the files.
+    UserError if a file is gone.
+    """
+    if isinstance(split.images, np.ndarray):
+        names, sizes, contents = "", [*split.images.shape], _digest([split.images])
+    else:
+        names = "\n".join([*(_name(path, root) for path in split.images), *split.classes])
+        sizes = [_size(path) for path in split.images]
+        contents = _digest(_bytes(split.images[row]) for row in _sample(sizes))
+    return {"names": _digest([names.encode()]), "sizes": _digest([str(sizes).encode()]), "contents": contents,
+            "labels": _labels(split)}  # fmt: skip
+
+
+def _sample(sizes: Sequence[int]) -> list[int]:
+    """Rows of files of WHOLE bytes together, the same ones each time."""
+    order = np.random.RandomState(0).permutation(len(sizes))
+    within = np.cumsum(np.asarray(sizes)[order]) <= WHOLE
+    return sorted(order[within].tolist() or order[:1].tolist())
+
+
+def _digest(blocks: Iterable[bytes | np.ndarray]) -> str:
+    digest = blake3()
+    for block in blocks:
+        digest.update(block if isinstance(block, bytes) else np.ascontiguousarray(block).data.cast("B"))
+    return digest.hexdigest()
+
+
+def _labels(split: Split) -> str:
+    return "" if split.labels is None else _digest([split.labels.astype(np.int64)])
+
+
 def _name(path: Path, root: str | None) -> str:
     return os.path.relpath(path, root) if root else str(path)
 
@@ -48,5 +81,12 @@ def _name(path: Path, root: str | None) -> str:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fdiff.data.sources import Source
 from fdiff.errors import RunError, UserError, first_line
 from fdiff.runtime import die_with_parent, heed_stop
 
@@ -27,29 +27,35 @@ TICK_S = 1.0  # between two looks at whether the job is to stop
 REMEDY = "read with --data.workers 0, or keep the images in memory with --data.in_memory always"
 
 
-def load(source: Source, rows: Sequence[np.ndarray], workers: int, patience_s: float = PATIENCE_S) -> Iterator[Tensor]:
-    """The images of each array of rows (b,) in turn, uint8 (b, C, S, S), read ahead by so many processes (0: none).
+Read = Callable[[np.ndarray], Tensor]
 
-    UserError if an image is unfit, RunError if the processes fail or give nothing for `patience_s`, Interrupted if
-    the job is asked to stop meanwhile.
+
+def load(
+    read: Read, name: str, rows: Sequence[np.ndarray], workers: int, patience_s: float = PATIENCE_S
+) -> Iterator[Tensor]:
+    """What `read` makes of each array of rows (b,) in turn, ahead of time and in so many processes (0: none).
+
+    `name` is that of the images in errors. UserError if an image is unfit, RunError if the processes fail or give
+    nothing for `patience_s`, Interrupted if the job is asked to stop meanwhile.
     """
     if not workers:
-        yield from map(source.images, rows)
+        yield from map(read, rows)
         return
     loader = DataLoader(
-        _Batches(source),
+        _Batches(read),
         batch_sampler=rows,
         num_workers=workers,
         collate_fn=_as_it_is,
         timeout=TICK_S,
         worker_init_fn=_end_with(os.getpid()),
-        multiprocessing_context="fork",  # the source is inherited, not copied
+        multiprocessing_context="fork",  # the images' list is inherited, not copied
         generator=torch.Generator(),  # or the loader would draw from torch's global one
     )
     others = set(multiprocessing.active_children())
     batches = None
     try:
-        batches = _start(loader)
+        with leaving_signals_to_rank():
+            batches = iter(loader)
         for _ in rows:
             batch = _next(batches, patience_s)
             if isinstance(batch, UserError):
@@ -58,7 +64,7 @@ def load(source: Source, rows: Sequence[np.ndarray], workers: int, patience_s: f
     except (RuntimeError, OSError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"loading {source.name} failed: {first_line(error)}; {REMEDY}") from error
+        raise RunError(f"loading {name} failed: {first_line(error)}; {REMEDY}") from error
     finally:
         del batches  # those that can end do
         for process in set(multiprocessing.active_children()) - others:
@@ -66,14 +72,15 @@ def load(source: Source, rows: Sequence[np.ndarray], workers: int, patience_s: f
             process.join()
 
 
-def _start(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches. Its processes inherit what is blocked, from their first moment, and leave it to the rank.
+@contextmanager
+def leaving_signals_to_rank() -> Iterator[None]:
+    """Processes started inside inherit what is blocked, from their first moment, and leave it to the rank.
 
     Launchers signal whole process groups; a process that ended at once would fail the step that is to be finished.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP))
     try:
-        return iter(loader)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -101,12 +108,12 @@ def _end_with(rank: int) -> Any:
 class _Batches(Dataset):
     """Whole batches for a DataLoader. An error is a value: raised in a process of its own it comes with a traceback."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, read: Read) -> None:
+        self._read = read
 
     def __getitems__(self, indices: np.ndarray) -> np.ndarray | UserError:
         try:
-            return self._source.images(indices).numpy()
+            return self._read(indices).numpy()
         except UserError as error:
             return error
 

@@ -13,6 +13,8 @@ from fdiff.data.cifar10 import read_cifar10
 from fdiff.data.fashion_mnist import read_embedded, read_fashion_mnist
 from fdiff.data.folder import read_folder
 from fdiff.data.hdf5 import read_hdf5
+from fdiff.data.inspection import infer_shape, inspect
+from fdiff.data.partition import partition_indices
 from fdiff.data.sources import ArraySource, FileSource, Source, Split
 from fdiff.errors import UserError
 
@@ -25,29 +27,76 @@ READERS: dict[str, Callable[[DataConfig, str], Split]] = {
 }
 
 
-def open_source(data: DataConfig, split: str) -> Source:
-    """The data set's `train` or `test` split: its first `limit` or `test_limit` images, as `data` wants them.
+def read_split(data: DataConfig, split: str) -> Split:
+    """The data set's `train` or `test` split as it is found: `limit` or `test_limit` images of it.
 
     UserError where files are missing or damaged, or the partition is private: then no whole data set exists.
     """
     if data.partition == "private":
         raise UserError("data.partition: private images have no whole data set; each client opens its own")
-    return _source(READERS[data.dataset](data, split), data, split)
+    return _limited(READERS[data.dataset](data, split), data, split)
 
 
-def open_client_source(data: DataConfig, client: int, split: str) -> Source:
-    """A client's own images with partition `private`: the folder or HDF5 file at `data.root`, cut as above.
+def read_client_split(data: DataConfig, client: int, split: str) -> Split:
+    """A client's own images with partition `private`: the folder or HDF5 file at `data.root`, limited as above.
 
     UserError where it is missing or damaged, or has no such split.
     """
     root = Path((data.root or "").replace("{client}", str(client)))
-    if root.is_dir():
+    try:
+        is_folder, is_file = root.is_dir(), root.is_file()
+    except OSError as error:
+        raise UserError(f"data.root: {root} cannot be read ({error.strerror}); let this user read it") from None
+    if is_folder:
         found = read_folder(root, split)
-    elif root.is_file():
-        found = read_hdf5(root, split)
+    elif is_file:
+        found = read_hdf5(root, split, data.axes)
     else:
         raise UserError(f"data.root: client {client} has no folder of images or HDF5 file at {root}")
-    return _source(found, data, split)
+    return _limited(found, data, split)
+
+
+def as_source(split: Split, data: DataConfig) -> Source:
+    """The images of the split in the shape that `data` gives them."""
+    kind = ArraySource if isinstance(split.images, np.ndarray) else FileSource
+    return kind(split, data)
+
+
+def _open(split: Split, data: DataConfig) -> Source:
+    """The split as a source: in the shape that its images have, where none is given, without those to be skipped."""
+    if None in (data.image_side, data.channels) or data.on_bad_image == "skip":
+        found = inspect(split, range(len(split)), data)
+        split, data = without_unfit(split, found.unfit), infer_shape(data, found, stages=1)
+    return as_source(split, data)
+
+
+def open_source(data: DataConfig, split: str) -> Source:
+    """`read_split`, opened."""
+    return _open(read_split(data, split), data)
+
+
+def open_client_source(data: DataConfig, client: int, split: str) -> Source:
+    """`read_client_split`, opened."""
+    return _open(read_client_split(data, client, split), data)
+
+
+def split_source(source: Source, data: DataConfig, clients: int) -> list[np.ndarray]:
+    """The indices (n_k,) of each client's images, as `data` splits them; UserError where that is not possible."""
+    if data.partition == "label-skew" and not source.labelled:
+        raise UserError(
+            f"data.partition: label-skew needs labels, and {source.name} has none; give each class a subfolder, or use "
+            "quantity-skew"
+        )
+    return partition_indices(source.labels, data.partition, clients, data.beta, data.seed)
+
+
+def without_unfit(split: Split, unfit: dict[int, str]) -> Split:
+    """The split without the images at these rows; UserError if none is left."""
+    if not unfit:
+        return split
+    if len(unfit) == len(split):
+        raise UserError(f"{split.name}: holds no image that is fit: {next(iter(unfit.values()))}")
+    return split.take(np.setdiff1d(np.arange(len(split)), list(unfit)))
 
 
 def _folder_root(data: DataConfig) -> Path:
@@ -56,8 +105,9 @@ def _folder_root(data: DataConfig) -> Path:
     return Path(data.root)
 
 
-def _source(found: Split, data: DataConfig, split: str) -> Source:
+def _limited(found: Split, data: DataConfig, split: str) -> Split:
+    """A sample of the split, in its order, the same wherever it is drawn: the first ones may all be of one class."""
     limit = data.limit if split == "train" else data.test_limit
-    first = Split(found.name, found.images[:limit], found.labels[:limit])
-    kind = ArraySource if isinstance(first.images, np.ndarray) else FileSource
-    return kind(first, data.image_side, data.channels)
+    if limit is None or limit >= len(found):
+        return found
+    return found.take(np.sort(np.random.RandomState(data.seed).permutation(len(found))[:limit]))

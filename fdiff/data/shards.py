@@ -13,7 +13,7 @@ from torch import Tensor
 from fdiff.data.loaders import PATIENCE_S, load
 from fdiff.data.sources import Source
 from fdiff.errors import UserError
-from fdiff.runtime import free_memory
+from fdiff.runtime import free_memory, heed_stop
 
 FILL_BATCH = 256  # images read at once while a shard is brought to its device
 
@@ -42,6 +42,8 @@ class Shard:
         self._device_labels = self.labels.to(self._device)
         keep = in_memory == "always" or (in_memory == "auto" and 2 * self._bytes <= free_memory(self._device))
         self._images = self._fill() if keep else None
+        if not keep and source.decodes:
+            self._decode_all()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -86,11 +88,17 @@ class Shard:
             start += len(batch)
         return images
 
+    def _decode_all(self) -> None:
+        """Find out now whether an image is unfit, and not after hours of training."""
+        for _ in self._load(np.arange(len(self)), FILL_BATCH, self._workers):
+            pass
+
     def _load(self, order: np.ndarray, batch_size: int, workers: int) -> Iterator[Tensor]:
         """The images at positions `order` batch by batch, on the device."""
         rows = self._indices[order]
         cuts = [rows[cut : cut + batch_size] for cut in range(0, len(rows), batch_size)]
-        for batch in load(self._source, cuts, workers, self._patience_s):
+        for batch in load(self._source.images, self._source.name, cuts, workers, self._patience_s):
+            heed_stop()
             if self._device.type == "cuda":
                 batch = batch.pin_memory()
             yield batch.to(self._device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""A split of a data set, opened: labels in memory, images as uint8 tensors of one shape on the host."""
+"""A split of a data set, as its reader finds it and opened: labels in memory, images as uint8 tensors of one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,27 +11,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdiff.data.images import prepare, read_image
+from fdiff.config import DataConfig
+from fdiff.data.decoding import decode
+from fdiff.data.images import fit, prepare
 from fdiff.errors import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a reader finds: images uint8 (n, C, H, W), C 1 or 3, or their n files; integer labels (n,).
+    """What a reader finds: images uint8 (n, C, H, W), C 1 or 3, or their n files; integer labels (n,), if it has any.
 
-    `name` tells data set, split and place, for errors and reports.
+    `name` tells data set, split and place, for errors and reports. `classes` are the names of label 0, 1, …, where
+    folders have them. `by_area`: resize as `prepare` does by area.
     """
 
     name: str
     images: np.ndarray | list[Path]
-    labels: np.ndarray
+    labels: np.ndarray | None
+    classes: tuple[str, ...] = ()
+    by_area: bool = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: np.ndarray) -> Split:
+        """The images at `rows` (m,), in that order."""
+        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
+        return replace(self, images=images, labels=None if self.labels is None else self.labels[rows])
+
+    def numbered_by(self, classes: Sequence[str]) -> Split:
+        """With the numbers that its classes have among `classes`; as it is, if folders do not name them."""
+        if not self.classes:
+            return self
+        number: Mapping[str, int] = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number[name] for name in self.classes])[self.labels]
+        return replace(self, labels=labels, classes=tuple(classes))
 
 
 class Source(Protocol):
     """Images uint8 (C, S, S) by index, and their labels; can be forked into loader processes."""
 
     name: str
-    labels: np.ndarray  # (n,), int64
+    labels: np.ndarray  # (n,), int64; 0 where there are none
+    labelled: bool  # whether there are
     shape: tuple[int, int, int]  # (C, S, S)
     decodes: bool  # whether reading an image takes work that is worth a process
 
@@ -46,18 +68,24 @@ class Source(Protocol):
         ...
 
 
-class ArraySource:
+class _Base:
+    def __init__(self, split: Split, data: DataConfig) -> None:
+        self.name, self.shape, self.labelled = split.name, data.shape, split.labels is not None
+        self.labels = np.zeros(len(split), np.int64) if split.labels is None else split.labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class ArraySource(_Base):
     """A `Source` whose images are all in memory, resized once."""
 
     decodes = False
 
-    def __init__(self, split: Split, side: int, channels: int) -> None:
-        self.name, self.labels = split.name, split.labels.astype(np.int64)
-        self.shape = (channels, side, side)
-        self._images = prepare(torch.from_numpy(split.images), side, channels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, split: Split, data: DataConfig) -> None:
+        super().__init__(split, data)
+        channels, side, _ = self.shape
+        self._images = prepare(torch.from_numpy(split.images), side, channels, split.by_area)
 
     def image(self, index: int) -> Tensor:
         return self._images[index]
@@ -66,21 +94,18 @@ class ArraySource:
         return self._images[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-class FileSource:
+class FileSource(_Base):
     """A `Source` that reads an image's file each time it is asked for it."""
 
     decodes = True
 
-    def __init__(self, split: Split, side: int, channels: int) -> None:
-        self.name, self.labels = split.name, split.labels.astype(np.int64)
-        self.shape = (channels, side, side)
-        self.paths = split.images
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, split: Split, data: DataConfig) -> None:
+        super().__init__(split, data)
+        self.paths, self._max_pixels, self._background = split.images, data.max_pixels, data.background
 
     def image(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.shape[1], self.shape[0])
+        image = decode(self.paths[index], self._max_pixels, self._background)
+        return fit(image, self.shape[1], self.shape[0])
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
@@ -91,8 +116,15 @@ class FileSource:
 
 def check_labels(source: Source, classes: int) -> None:
     """UserError unless a model of `classes` labels (0: unconditional) knows all of the source's."""
+    if not classes:
+        return
+    if not source.labelled:
+        raise UserError(
+            f"model.classes: {source.name} has no labels; give it a dataset `labels` or a subfolder for each class, or "
+            "use --model.classes 0"
+        )
     largest = int(source.labels.max())
-    if classes and largest >= classes:
+    if largest >= classes:
         raise UserError(
             f"model.classes: {classes} is too few for {source.name}, which has a label {largest}; "
             f"it must be at least {largest + 1}, or 0"

@@ -65,7 +65,7 @@ class Scoring:
         self._comm, self._config = comm, config
         data = config.data
         extractor = self._load(wanted, device)
-        together(comm, lambda: extractor.check_shape(data.channels, data.image_side, data.image_side))
+        together(comm, lambda: extractor.check_shape(*data.shape))
         self._metrics = together(comm, lambda: choose_metrics(extractor, wanted.metrics, data.partition == "private"))
         sources = together(comm, self._sources)
         seen = together(comm, lambda: [features_of_source(extractor, s, device, cache) for s in sources])
@@ -120,7 +120,7 @@ class Scoring:
 
     def _load(self, wanted: ScoringRequest, device: torch.device) -> Extractor:
         """The extractor, on rank 0 first: if it has to be downloaded, one rank does so and the others find it."""
-        name = wanted.extractor or default_extractor(self._config.data.channels)
+        name = wanted.extractor or default_extractor(self._config.data.shape[0])
         loaded: Extractor | None = None
         for turn in (self._comm.rank == 0, self._comm.rank != 0):
             load = partial(load_extractor, name, wanted.weights, str(device)) if turn else lambda: None
@@ -184,7 +184,7 @@ class Scoring:
             "n": self._images,
             "split": self._split,
             "n_real": self._real.moments.n,
-            **self._metrics.extractor.describe(self._config.data.image_side),
+            **self._metrics.extractor.describe(self._config.data.shape[1]),
             "sampler": sample.sampler,
             "steps": steps_of(self._config),
         }

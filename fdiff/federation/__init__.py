@@ -13,6 +13,7 @@ from fdiff.federation.federator import Federator
 from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plans, seconds, sizes_of
 from fdiff.federation.logs import append_jsonl, find_gaps, read_jsonl, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
+from fdiff.federation.open_data import infer_image_shape, open_data
 from fdiff.federation.rounds import Federation, run
 from fdiff.federation.saved import Saved, open_checkpoint, open_together
 from fdiff.federation.snapshot import MAY_CHANGE, newest_sound

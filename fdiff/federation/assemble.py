@@ -5,42 +5,31 @@ Every rank calls these functions; they end in a vote, so that what one rank lack
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import socket
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from fdiff import checkpoint
 from fdiff.checkpoint import VISIBLE_S, Committer
 from fdiff.comm import Communicator, agree, exchange_json
 from fdiff.config import Config
-from fdiff.data import (
-    PATIENCE_S,
-    Shard,
-    Source,
-    check_labels,
-    first_difference,
-    list_source,
-    open_client_source,
-    open_source,
-)
-from fdiff.data import partition as partitions
+from fdiff.data import PATIENCE_S, Shard, check_labels, split_source
+from fdiff.data.partition import label_counts
 from fdiff.errors import UserError
 from fdiff.federation import snapshot
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
+from fdiff.federation.open_data import Fingerprint, OpenedData, open_data
 from fdiff.federation.validate import has_client_files, private_parts
 from fdiff.federation.voting import together
 from fdiff.plan import RoundPlan, hosted_by
@@ -55,13 +44,15 @@ Labels = dict[int, int]  # images of each label
 class RankSetup:
     """All that a rank works with: its clients in their host, n_k of all clients, the writer of checkpoints.
 
-    `setting` is what the run folder notes of ranks and clients.
+    `config` has what was inferred from the images, and `fingerprints` are theirs. `setting` is what the run folder
+    notes of ranks and clients.
     """
 
     config: Config
     comm: Communicator
     host: Host
     images: dict[int, int]
+    fingerprints: list[Fingerprint]
     committer: Committer
     setting: dict[str, Any]
 
@@ -89,17 +80,22 @@ class RankSetup:
 
 
 def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> RankSetup:
-    """The clients that this rank hosts, ready to train. UserError if there are fewer clients than ranks."""
+    """The clients that this rank hosts, ready to train, and the shape of their images in `config`.
+
+    UserError if there are fewer clients than ranks.
+    """
     clients = config.federation.clients
     together(comm, lambda: check_ranks(config, comm.size))
+    opened = open_data(config, comm)
+    config = opened.config
     _check_memory(config, comm, device)
     hosted = hosted_by(comm.rank, clients, comm.size)
-    shards, labels = open_shards(config, comm, hosted, device)
+    shards, labels = open_shards(opened, comm, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
     host = together(comm, lambda: Host(Trainer(config, device), own))
-    return RankSetup(config, comm, host, images, _committer(config, comm), setting)
+    return RankSetup(config, comm, host, images, opened.fingerprints, _committer(config, comm), setting)
 
 
 def _setting(
@@ -149,27 +145,21 @@ def _committer(config: Config, comm: Communicator) -> Committer:
 
 
 def open_shards(
-    config: Config, comm: Communicator, clients: range, device: torch.device
+    opened: OpenedData, comm: Communicator, clients: range, device: torch.device
 ) -> tuple[list[Shard], list[Labels]]:
     """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had.
 
     Also the label counts of all clients where this rank splits one data set among them; none where they are private.
     Every rank calls it, and all fail alike.
     """
-    data, labels = config.data, list[Labels]()
+    config, labels = opened.config, list[Labels]()
+    data = config.data
     if data.partition == "private":
-        sources = together(comm, lambda: [open_client_source(data, client, "train") for client in clients])
-        pairs = [(source, np.arange(len(source))) for source in sources]
+        pairs = [(source, np.arange(len(source))) for source in opened.sources]
     else:
-        source = together(comm, lambda: open_source(data, "train"))
-        _check_same_data(comm, source, data.root)
-        split = together(
-            comm,
-            lambda: partitions.partition_indices(
-                source.labels, data.partition, config.federation.clients, data.beta, data.seed
-            ),
-        )
-        labels = partitions.label_counts(source.labels, split)
+        source = opened.sources[0]
+        split = together(comm, lambda: split_source(source, data, config.federation.clients))
+        labels = label_counts(source.labels, split)
         pairs = [(source, split[client]) for client in clients]
 
     def shards() -> list[Shard]:
@@ -186,19 +176,6 @@ def _patience_s(config: Config) -> float:
     return min(PATIENCE_S, config.runtime.timeout_s / 2)
 
 
-def _check_same_data(comm: Communicator, source: Source, root: str | None) -> None:
-    """UserError on every rank if they are about to split different images; it names the first that differs."""
-    if comm.size == 1:
-        return
-    lines = together(comm, lambda: list_source(source, root))
-    if len(set(exchange_json(comm, blake3("\n".join(lines).encode()).hexdigest()))) == 1:
-        return
-    lists = [json.loads(zlib.decompress(sent)) for sent in comm.exchange(zlib.compress(json.dumps(lines).encode()))]
-    error = UserError(f"data.root: the ranks see different images: {first_difference(lists)}; give all the same")
-    error.agreed = True
-    raise error
-
-
 def resume_from(rank: RankSetup) -> tuple[int, dict[str, list[Any]] | None]:
     """Put every rank's clients back to the newest checkpoint that is whole; its round, or 0 if there is none yet.
 
@@ -211,7 +188,7 @@ def resume_from(rank: RankSetup) -> tuple[int, dict[str, list[Any]] | None]:
     if not round:
         return 0, None
     folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
-    saved = together(comm, lambda: snapshot.restore(folder, rank.host, rank.images))
+    saved = together(comm, lambda: snapshot.restore(folder, rank.host, rank.images, rank.fingerprints))
     if comm.rank == 0 and (changed := snapshot.changed_arithmetic(saved, rank.config)):
         log.warning("--resume: other values of %s: the result will not have the digits of one start", changed)
     return round, saved.get("logs")

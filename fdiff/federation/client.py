@@ -54,7 +54,7 @@ def build_model(config: Config) -> UNet:
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(config.run.seed, "weights"))
-        return UNet(config.data.channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
+        return UNet(config.data.shape[0], model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
 
 
 class Trainer:
@@ -198,7 +198,7 @@ class Trainer:
                 diffusion.make_sampler(config.diffusion, config.sample),
                 seeds.derive(config.run.seed, "sampling"),
                 count,
-                (data.channels, data.image_side, data.image_side),
+                data.shape,
                 self.device,
                 self.dtype,
                 self._captures,

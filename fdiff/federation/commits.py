@@ -36,7 +36,7 @@ class Commits:
         with self._votes.keeping_errors("checkpoint"):
             logs = self._federator.rows if rank.committer.leads else None
             self.prepared = snapshot.contents(
-                rank.host, rank.images, round.metrics, round.ema, round.images, logs, self._copies
+                rank.host, rank.images, round.metrics, round.ema, round.images, logs, self._copies, rank.fingerprints
             )
 
     def start(self) -> None:

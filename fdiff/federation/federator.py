@@ -172,6 +172,7 @@ class Federator:
 class NoFederator:
     """A federator on a rank that is not the federator."""
 
+    config: Config
     rows: dict[str, list[Row]] = {}
 
     def made_by(self, job: str | None) -> bool:

@@ -77,7 +77,7 @@ def activations(config: Config) -> int:
 
     with torch.device("meta"):
         model = build_model(counted)
-        x = torch.zeros(batch, data.channels, data.image_side, data.image_side)
+        x = torch.zeros(batch, *data.shape)
         t = torch.zeros(batch, dtype=torch.int64)
         schedule = diffusion.make_schedule(config.diffusion, torch.float32, "meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

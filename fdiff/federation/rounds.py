@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -35,8 +34,8 @@ FRUITLESS = 2  # so many starts in a row that came to nothing, and a job is not 
 
 def run(
     config: Config, comm: Communicator, device: torch.device, resume: bool = False, stop: Stop | None = None
-) -> Path:
-    """Train the federation on all ranks of `comm`, each of which calls this; returns the run folder.
+) -> Config:
+    """Train the federation on all ranks of `comm`, each of which calls this; returns what was configured or inferred.
 
     UserError for a bad request, RunError for a failed run, Interrupted where `stop` was asked for, when the last
     complete round is committed: the same on every rank.
@@ -50,7 +49,7 @@ def run(
         raise federation.commit_and_stop(interruption) from None
     finally:
         federation.close()
-    return config.run_dir
+    return federation.config
 
 
 class Federation:
@@ -174,6 +173,7 @@ class Federation:
             self.federator.open(resume)
         self.votes.vote()
         self.rank = set_up_rank(self.config, self.comm, self.device)
+        self.config = self.federator.config = self.rank.config
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)
         self._began_with = self._last

@@ -120,7 +120,7 @@ def gather_in_order(comm: Communicator, cut: Sequence[Batch], mine: Tensor) -> T
 def empty_images(config: Config, device: torch.device) -> Tensor:
     """No images: uint8 (0, C, S, S)."""
     data = config.data
-    return torch.empty((0, data.channels, data.image_side, data.image_side), dtype=torch.uint8, device=device)
+    return torch.empty((0, *data.shape), dtype=torch.uint8, device=device)
 
 
 def draw_grid(rank: RankSetup, votes: Votes, ema: Tensor | None, progress: Progress) -> Tensor | None:

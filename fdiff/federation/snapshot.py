@@ -2,8 +2,8 @@
 
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
                      samples (n, C, S, S) uint8, if the round drew a grid.
-                     Header: round, config, layout, images of each client, reporters, metrics of the round, the rows
-                     of the logs up to it, if they are not too many
+                     Header: round, config, layout, number of images of each client, fingerprints of the images,
+                     reporters, metrics of the round, the rows of the logs up to it, if they are not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
                      (P,), step ()
 
@@ -28,6 +28,7 @@ from fdiff.config import Config, flat, from_dict, to_dict
 from fdiff.errors import UserError
 from fdiff.federation.client import Client
 from fdiff.federation.host import Host
+from fdiff.federation.open_data import Fingerprint
 from fdiff.federation.validate import check_global, find_problems, has_client_files, private_parts
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 # Fields that may change between a run and its resumption: how long, where and how it runs, not what it computes.
 MAY_CHANGE = (
     "federation.rounds", "federation.on_client_failure", "data.root", "data.in_memory", "data.workers", "data.download",
-    "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_local", "runtime.", "sample.every",
+    "data.max_pixels", "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_local", "runtime.",
+    "sample.every",
 )  # fmt: skip
 # Those of them with which the same training comes to other digits.
 ARITHMETIC = (
@@ -98,13 +100,17 @@ def contents(
     grid: Tensor | None,
     logs: Mapping[str, Sequence[Any]] | None,
     copies: HostCopies,
+    fingerprints: Sequence[Fingerprint] = (),
 ) -> Contents:
     """This rank's share of a round's checkpoint, as host copies; with `logs`, the rows so far, what is global, too.
 
     The last one's memory is used again: it must have been written, or not be wanted any more.
     """
     own = host.clients if has_client_files(host.trainer.config) else []
-    whole = None if logs is None else (global_arrays(host, ema, grid, copies), header(host, images, metrics, logs))
+    whole = None if logs is None else (
+        global_arrays(host, ema, grid, copies),
+        header(host, images, metrics, logs, fingerprints),
+    )
     clients = {c.index: client_arrays(host, c) for c in own}
     _complete_copies(host)
     return Contents(metrics["round"], clients, whole)
@@ -127,7 +133,11 @@ def _complete_copies(host: Host) -> None:
 
 
 def header(
-    host: Host, images: Mapping[int, int], metrics: Mapping[str, Any], logs: Mapping[str, Sequence[Any]]
+    host: Host,
+    images: Mapping[int, int],
+    metrics: Mapping[str, Any],
+    logs: Mapping[str, Sequence[Any]],
+    fingerprints: Sequence[Fingerprint],
 ) -> dict[str, Any]:
     """What global.h5 says beside its arrays; `metrics` is the round's line of the log, `logs` all lines so far.
 
@@ -139,6 +149,7 @@ def header(
         "config": to_dict(host.trainer.config),
         "layout": checkpoint.layout_table(host.trainer.buckets.layout),
         "images": [images[client] for client in sorted(images)],
+        "fingerprints": list(fingerprints),
         "reporters": metrics["reporters"],
         "metrics": dict(metrics),
         **({"logs": {name: list(rows) for name, rows in logs.items()}} if few else {}),
@@ -170,15 +181,19 @@ def _held_generations(run_dir: Path) -> list[tuple[checkpoint.Generation, checkp
     return [(generation, hold) for generation, hold in held if hold is not None]
 
 
-def restore(path: Path, host: Host, images: Mapping[int, int]) -> dict[str, Any]:
+def restore(
+    path: Path, host: Host, images: Mapping[int, int], fingerprints: Sequence[Fingerprint] = ()
+) -> dict[str, Any]:
     """Put the shared parts and this rank's clients back as they were; `path` is the folder of a checkpoint.
 
-    Returns the header of its global.h5. UserError if the configuration or a client's number of images has changed,
-    Damaged if a file is not sound.
+    Returns the header of its global.h5. UserError if the configuration or the images have changed, Damaged if a file is
+    not sound.
     """
     arrays, saved, _ = checkpoint.read_generation(path)
     before = check_global(path, saved, described(arrays))
-    _check_same_run(path, saved, host.trainer.config, images)
+    _check_same_run(path, saved, host.trainer.config)
+    if not host.trainer.config.data.changed:
+        _check_same_images(path, saved, images, fingerprints)
     own = [c.index for c in host.clients] if has_client_files(before) else []
     states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
@@ -211,17 +226,31 @@ def _fill(tensor: Tensor, arrays: Mapping[str, np.ndarray], name: str, file: Pat
     tensor.copy_(values)
 
 
-def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config, images: Mapping[int, int]) -> None:
+def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config) -> None:
     before, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
     changed = [n for n in now if before[n] != now[n] and not n.startswith(MAY_CHANGE)]
     if changed:
         told = ", ".join(f"{n} (was {before[n]!r}, is {now[n]!r})" for n in changed)
         raise UserError(f"--resume: {path} was made with other values of {told}; set them back or start a new run")
+
+
+def _check_same_images(
+    path: Path, saved: Mapping[str, Any], images: Mapping[int, int], fingerprints: Sequence[Fingerprint]
+) -> None:
+    """UserError if the images are others than those that the checkpoint was trained on, as far as it tells."""
+    remedy = "give the same data, start a new run, or go on with these once with --data.changed true"
     if saved["images"] != [images[client] for client in sorted(images)]:
         raise UserError(
             f"data.root: the clients had {saved['images']} images when {path} was made, now they have "
-            f"{[images[client] for client in sorted(images)]}; give the same data or start a new run"
+            f"{[images[client] for client in sorted(images)]}; {remedy}"
         )
+    before = saved.get("fingerprints", [])
+    for client, (then, now) in enumerate(zip(before, fingerprints, strict=False)):
+        if changed := [kind for kind in now if then.get(kind) != now[kind]]:
+            whose = f"client {client}'s images" if len(fingerprints) > 1 else "the images"
+            raise UserError(
+                f"data.root: {whose} have other {' and '.join(changed)} than when {path} was made; {remedy}"
+            )
 
 
 def changed_arithmetic(saved: Mapping[str, Any], config: Config) -> str:

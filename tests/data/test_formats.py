@@ -54,11 +54,17 @@ def test_the_excerpt_is_what_its_tool_makes() -> None:
             np.testing.assert_array_equal(shipped[name], made[name])
 
 
-@pytest.mark.parametrize(("limit", "n"), [(7, 7), (None, 2000), (5000, 2000)])
-def test_limits_take_the_first_images_of_their_split(limit: int | None, n: int) -> None:
+@pytest.mark.parametrize(("limit", "n"), [(7, 7), (100, 100), (None, 2000), (5000, 2000)])
+def test_limits_take_a_sample_of_their_split_in_its_order(limit: int | None, n: int) -> None:
     whole, cut = open_source(DataConfig(), "train"), open_source(DataConfig(limit=limit), "train")
-    np.testing.assert_array_equal(cut.labels, whole.labels[:n])
-    np.testing.assert_array_equal(all_images(cut), all_images(whole)[:n])
+    place = {image.tobytes(): i for i, image in enumerate(all_images(whole))}
+    rows = [place[image.tobytes()] for image in all_images(cut)]
+    assert len(rows) == n and rows == sorted(set(rows))
+    np.testing.assert_array_equal(cut.labels, whole.labels[rows])
+    again, other = (open_source(DataConfig(limit=limit, seed=seed), "train") for seed in (2023, 1))
+    np.testing.assert_array_equal(all_images(again), all_images(cut))
+    assert np.array_equal(all_images(other), all_images(cut)) == (n == 2000)
+    assert n < 10 or len(set(cut.labels)) == 10
     assert len(open_source(DataConfig(limit=limit, test_limit=3), "test")) == 3
     assert len(open_source(DataConfig(limit=3), "test")) == 500
 

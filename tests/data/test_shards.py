@@ -26,11 +26,13 @@ from small_datasets import (
     refusal,
     save,
 )
+from torchvision.transforms import Resize
 from warm_server import PROCESSES
 
 from fdiff.config import DataConfig
 from fdiff.data import Shard, Source, loaders, normalise, open_source, shards
-from fdiff.data.images import prepare, read_image
+from fdiff.data.decoding import decode
+from fdiff.data.images import fit, prepare
 from fdiff.errors import Interrupted, RunError
 from fdiff.federation import federator
 from fdiff.runtime import heeding_signals
@@ -49,7 +51,7 @@ def numpy_area(image: np.ndarray, side: int) -> np.ndarray:
 @pytest.mark.parametrize(("n", "side"), [(28, 16), (28, 14), (28, 27), (178, 64), (9, 4)])
 def test_images_shrink_by_the_mean_of_areas(n: int, side: int) -> None:
     image = pixels(3, n, n)
-    shrunk = prepare(torch.from_numpy(image)[None], side, 3)
+    shrunk = prepare(torch.from_numpy(image)[None], side, 3, by_area=True)
     assert shrunk.dtype == torch.uint8
     for plane, expected in zip(shrunk[0].numpy(), image, strict=True):
         np.testing.assert_array_equal(plane, numpy_area(expected, side))
@@ -63,10 +65,20 @@ def test_the_embedded_images_shrink_by_area_however_many_there_are() -> None:
 
 def test_images_grow_by_interpolation() -> None:
     ramp = np.tile(np.arange(0, 160, 20, dtype=np.uint8), (8, 1))
-    grown = prepare(torch.from_numpy(ramp)[None, None], 16, 1)[0, 0].numpy()
+    grown = prepare(torch.from_numpy(ramp)[None, None], 16, 1, by_area=True)[0, 0].numpy()
     centres = (np.arange(16) + 0.5) / 2 - 0.5
     expected = np.rint(np.interp(centres, np.arange(8), ramp[0]))
     np.testing.assert_array_equal(grown, np.tile(expected, (16, 1)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(("n", "side"), [(32, 28), (178, 64), (10, 16)])
+def test_files_and_silos_are_resized_as_torchvision_does(n: int, side: int, mode: str) -> None:
+    image = Image.fromarray(pixels(n, n, 3)).convert(mode)
+    expected = np.asarray(Resize(side)(image)).reshape(side, side, -1).transpose(2, 0, 1)
+    array = torch.from_numpy(np.asarray(image).reshape(n, n, -1).transpose(2, 0, 1).copy())
+    np.testing.assert_array_equal(fit(image, side, len(expected)), expected)
+    np.testing.assert_array_equal(prepare(array[None], side, len(expected))[0], expected)
 
 
 @settings(max_examples=30)
@@ -97,10 +109,10 @@ def test_files_of_any_mode_are_read_like_arrays(tmp_path: Path, mode: str, chann
     path = tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}"
     image.save(path)
     wanted = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(12, 10, channels)[1:11]
-    read = read_image(path, 10, channels)
+    read = fit(decode(path, 120, "white"), 10, channels)
     assert read.shape == (channels, 10, 10) and read.dtype == torch.uint8
     np.testing.assert_array_equal(read.permute(1, 2, 0), wanted)
-    assert torch.equal(read_image(path, 5, channels), prepare(read[None], 5, channels)[0])
+    assert torch.equal(fit(decode(path, 120, "white"), 5, channels), prepare(read[None], 5, channels)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -193,7 +205,7 @@ def test_a_damaged_file_is_one_line_out_of_a_worker_too(tmp_path: Path, in_memor
     for i in range(6):
         save(tmp_path / f"{i}.png", pixels(8, 8))
     (tmp_path / "4.png").write_bytes(b"damaged")
-    source = open_source(folder(tmp_path), "train")
+    source = open_source(folder(tmp_path, channels=1), "train")
 
     def epoch() -> None:
         drawn(Shard(source, np.arange(6), CPU, in_memory=in_memory, workers=workers), torch.arange(6), 2)
@@ -219,9 +231,8 @@ class Deadly:
 
 
 def test_a_loader_process_that_dies_ends_the_run_with_a_line() -> None:
-    shard = Shard(Deadly(), np.arange(4), CPU, in_memory="never", workers=1)
     with pytest.raises(RunError, match="loading deadly images failed: DataLoader worker") as raised:
-        drawn(shard, torch.arange(4), 2)
+        Shard(Deadly(), np.arange(4), CPU, in_memory="never", workers=1)
     assert "\n" not in str(raised.value)
 
 
@@ -237,26 +248,23 @@ class Stuck(Deadly):
 
 def test_loader_processes_that_stand_still_are_given_up_and_do_not_stay(monkeypatch) -> None:
     monkeypatch.setattr(loaders, "TICK_S", 0.1)
-    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1, patience_s=0.5)
     with pytest.raises(RunError, match="stuck images failed: its loader processes have given nothing for 0.5 s; read"):
-        drawn(shard, torch.arange(4), 2)
+        Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1, patience_s=0.5)
     assert not multiprocessing.active_children()
 
 
 def test_a_rank_that_waits_for_them_heeds_a_signal(monkeypatch) -> None:
     monkeypatch.setattr(loaders, "TICK_S", 0.1)
-    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
     with heeding_signals() as stop, pytest.raises(Interrupted):
         stop.note(signal.SIGTERM, None)
-        drawn(shard, torch.arange(4), 2)
+        Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
     assert not multiprocessing.active_children()
 
 
 def read_and_be_killed(pipe: Connection, lock: Path) -> None:
     federator.lock(lock)
-    shard = Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
     Thread(target=lambda: pipe.send([p.pid for p in children()]), daemon=True).start()
-    drawn(shard, torch.arange(4), 2)
+    Shard(Stuck(), np.arange(4), CPU, in_memory="never", workers=1)
 
 
 def children() -> list[multiprocessing.process.BaseProcess]:

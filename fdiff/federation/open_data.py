@@ -1,0 +1,139 @@
+"""The images of a run, found and looked at by all ranks together, before there is a model.
+
+Ranks that split one data set see the same one; private silos number classes alike; side and channels that are not given
+are those of the images. What all ranks are told of images are names of classes, counts, sizes and checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fdiff.comm import Communicator, exchange_json
+from fdiff.config import Config, DataConfig
+from fdiff.data import (
+    Findings,
+    Source,
+    Split,
+    as_source,
+    fingerprint,
+    first_difference,
+    infer_shape,
+    inspect,
+    list_split,
+    merge,
+    merge_classes,
+    read_client_split,
+    read_split,
+    without_unfit,
+)
+from fdiff.errors import UserError
+from fdiff.federation.voting import together
+from fdiff.plan import hosted_by
+
+log = logging.getLogger(__name__)
+
+Fingerprint = dict[str, str]
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """The training images: `config` with their shape; `sources` of this rank's clients, or the one that is split.
+
+    `fingerprints` are those of all clients' silos in turn, or that of the data set.
+    """
+
+    config: Config
+    sources: list[Source]
+    fingerprints: list[Fingerprint]
+
+
+def open_data(config: Config, comm: Communicator) -> OpenedData:
+    """Every rank opens the training images that it may see. UserError, on all ranks, where they are unfit."""
+    data, private = config.data, config.data.partition == "private"
+    clients = hosted_by(comm.rank, config.federation.clients, comm.size) if private else range(1)
+    splits = together(comm, lambda: [_read(data, client) for client in clients])
+    if not private:
+        _check_same_data(comm, splits[0], data.root)
+    names = exchange_json(comm, [list(split.classes) for split in splits])
+    classes = together(comm, lambda: merge_classes(of_split for of_rank in names for of_split in of_rank))
+    splits = [split.numbered_by(classes) for split in splits]
+
+    def look(split: Split) -> Findings:
+        return inspect(split, range(len(split)) if private else range(comm.rank, len(split), comm.size), data)
+
+    own = together(comm, lambda: [look(split) for split in splits])
+    everyone = [[Findings(**found) for found in rank] for rank in exchange_json(comm, [vars(found) for found in own])]
+    found = merge([of_split for of_rank in everyone for of_split in of_rank])
+    unfit = [one.unfit for one in own] if private else [found.unfit]
+    config = together(comm, lambda: replace(config, data=infer_shape(data, found, len(config.model.dim_mults))))
+    splits = together(comm, lambda: [without_unfit(*pair) for pair in zip(splits, unfit, strict=True)])
+    sources = together(comm, lambda: [as_source(split, config.data) for split in splits])
+    prints = _fingerprints(comm, data, splits, clients)
+    _say_what_is_found(config, found, sum(len(one.unfit) for of_rank in everyone for one in of_rank))
+    return OpenedData(config, sources, prints)
+
+
+def infer_image_shape(config: Config, comm: Communicator) -> Config:
+    """The configuration with side and channels of the images, which are opened only if they are not given or known."""
+    try:
+        channels, side, _ = config.data.shape
+        return replace(config, data=replace(config.data, channels=channels, image_side=side))
+    except UserError:
+        return open_data(config, comm).config
+
+
+def _read(data: DataConfig, client: int) -> Split:
+    return read_client_split(data, client, "train") if data.partition == "private" else read_split(data, "train")
+
+
+def _check_same_data(comm: Communicator, split: Split, root: str | None) -> None:
+    """UserError on every rank if they are about to split different images; it names the first that differs."""
+    if comm.size == 1:
+        return
+    lines = together(comm, lambda: list_split(split, root))
+    checksum = zlib.crc32("\n".join(lines).encode())
+    if len(set(exchange_json(comm, checksum))) == 1:
+        return
+    lists = [json.loads(zlib.decompress(sent)) for sent in comm.exchange(zlib.compress(json.dumps(lines).encode()))]
+    error = UserError(f"data.root: the ranks see different images: {first_difference(lists)}; give all the same")
+    error.agreed = True
+    raise error
+
+
+def _fingerprints(
+    comm: Communicator, data: DataConfig, splits: Sequence[Split], clients: Sequence[int]
+) -> list[Fingerprint]:
+    """Of each client's silo, or of the data set, which rank 0 reads; two silos alike are said."""
+    private = data.partition == "private"
+
+    def own() -> list[Fingerprint]:
+        roots = [(data.root or "").replace("{client}", str(client)) if private else data.root for client in clients]
+        return [fingerprint(*pair) for pair in zip(splits, roots, strict=True)] if private or comm.rank == 0 else []
+
+    found = [one for of_rank in exchange_json(comm, together(comm, own)) for one in of_rank]
+    alike: dict[str, int] = {}
+    for client, one in enumerate(found):
+        first = alike.setdefault(one["contents"] + one["labels"], client)
+        if first != client:
+            log.warning("data: clients %d and %d have the same images; is that meant?", first, client)
+            break
+    return found
+
+
+def _say_what_is_found(config: Config, found: Findings, unfit: int) -> None:
+    channels, side, _ = config.data.shape
+    log.info(
+        "data: %s, %d training images of %s, %s; the model sees %dx%d %s",
+        config.data.dataset, found.images, found.sizes, "RGB" if found.colour else "grey", side, side,
+        "RGB" if channels == 3 else "grey",
+    )  # fmt: skip
+    if found.transparent:
+        log.warning("data: %d images may be transparent; behind them is %s", found.transparent, config.data.background)
+    if found.frames:
+        log.warning("data: of %d images with several frames or pages the first is taken", found.frames)
+    if unfit:
+        log.warning("data: %d image files are unfit and left out, e.g. %s", unfit, next(iter(found.unfit.values())))
