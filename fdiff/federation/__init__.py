@@ -13,9 +13,9 @@ from fdiff.federation.federator import Federator
 from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plans, seconds, sizes_of
 from fdiff.federation.logs import append_jsonl, find_gaps, read_jsonl, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
-from fdiff.federation.open_data import infer_image_shape, open_data
 from fdiff.federation.rounds import Federation, run
 from fdiff.federation.saved import Saved, open_checkpoint, open_together
 from fdiff.federation.snapshot import MAY_CHANGE, newest_sound
+from fdiff.federation.training_images import infer_image_shape, open_data
 from fdiff.federation.validate import find_problems, private_parts
 from fdiff.federation.voting import on_rank_0, together

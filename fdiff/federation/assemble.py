@@ -29,7 +29,7 @@ from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
-from fdiff.federation.open_data import Fingerprint, OpenedData, open_data
+from fdiff.federation.training_images import Fingerprint, OpenedData, open_data
 from fdiff.federation.validate import has_client_files, private_parts
 from fdiff.federation.voting import together
 from fdiff.plan import RoundPlan, hosted_by

@@ -28,7 +28,7 @@ from fdiff.config import Config, flat, from_dict, to_dict
 from fdiff.errors import UserError
 from fdiff.federation.client import Client
 from fdiff.federation.host import Host
-from fdiff.federation.open_data import Fingerprint
+from fdiff.federation.training_images import Fingerprint
 from fdiff.federation.validate import check_global, find_problems, has_client_files, private_parts
 
 log = logging.getLogger(__name__)

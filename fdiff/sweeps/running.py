@@ -15,6 +15,7 @@ from fdiff.federation import (
     append_jsonl,
     check_ranks,
     find_gaps,
+    infer_image_shape,
     newest_sound,
     on_rank_0,
     open_checkpoint,
@@ -44,7 +45,7 @@ def bring_to_end(
     if not written or on_rank_0(comm, lambda: _last_round(config)) < config.federation.rounds:
         federation.run(config, comm, device, resume=True, stop=stop)
     if lacking := on_rank_0(comm, lambda: missing(sweep, cell)):
-        _score(sweep.score, lacking, config, comm, device, cache, stop)
+        _score(sweep.score, lacking, infer_image_shape(config, comm), comm, device, cache, stop)
     on_rank_0(comm, lambda: len(result(sweep, cell)))
 
 
@@ -64,6 +65,7 @@ def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device
         checked.add(what)
         try:
             together(comm, lambda config=config: check_ranks(config, comm.size))
+            config = infer_image_shape(config, comm)
             Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
         except UserError as error:
             named = UserError(f"{cell.name}: {error}")
