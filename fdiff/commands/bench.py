@@ -15,6 +15,7 @@ from fdiff.bench import measure
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.errors import UserError
+from fdiff.federation import infer_image_shape
 
 What = Literal["step", "round", "wire", "sample", "checkpoint", "scale"]
 
@@ -40,7 +41,7 @@ def run(
     if variants and what != "step":
         raise UserError(f"--variants: bench {what} has none; there are those of bench step")
     module = importlib.import_module(f"fdiff.bench.{'variants' if variants else what}")
-    results = module.run(config, comm, device)
+    results = module.run(infer_image_shape(config, comm), comm, device)
     if comm.rank != 0:
         return
     about = measure.machine(comm, device)

@@ -35,6 +35,7 @@ def run(
     path = together(comm, lambda: sweeps.find(file))
     folder = out or Path("runs") / path.stem
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
+    sweep = sweeps.with_image_shapes(sweep, comm)
     failed: dict[str, str] = {}
     cache = cache_folder("features")
     with heeding_signals(launcher.started_by()) as stop:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fdiff.errors import RunError, UserError, first_line
+from fdiff.errors import RunError, UserError, first_line, one_line
 from fdiff.runtime import die_with_parent, heed_stop
 
 PATIENCE_S = 300.0  # for one batch, from however slow a file system
@@ -58,7 +58,7 @@ def load(
             batches = iter(loader)
         for _ in rows:
             batch = _next(batches, patience_s)
-            if isinstance(batch, UserError):
+            if isinstance(batch, Exception):
                 raise batch
             yield torch.from_numpy(batch)
     except (RuntimeError, OSError) as error:
@@ -111,11 +111,11 @@ class _Batches(Dataset):
     def __init__(self, read: Read) -> None:
         self._read = read
 
-    def __getitems__(self, indices: np.ndarray) -> np.ndarray | UserError:
+    def __getitems__(self, indices: np.ndarray) -> np.ndarray | UserError | RunError:
         try:
             return self._read(indices).numpy()
-        except UserError as error:
-            return error
+        except Exception as error:
+            return one_line(error)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -6,5 +6,5 @@ holds, `table.py` formats. The YAML files are the paper's grids; `README.md` has
 
 from fdiff.sweeps.grid import Cell, Sweep, find, read
 from fdiff.sweeps.results import Result, result
-from fdiff.sweeps.running import bring_to_end, check_before_training
+from fdiff.sweeps.running import bring_to_end, check_before_training, with_image_shapes
 from fdiff.sweeps.table import as_csv, as_latex, as_text

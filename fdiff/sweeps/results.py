@@ -83,8 +83,6 @@ def _may_differ(field: str, was: Any, now: Any) -> bool:
     """Whether a run stays the cell's: as for a resumption, but not shorter than it was, nor in another arithmetic."""
     if field == "federation.rounds":
         return was < now
-    if now is None:  # the run has what was inferred from its images
-        return field in ("data.image_side", "data.channels")
     return field != "runtime.precision" and field.startswith(MAY_CHANGE)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fdiff import checkpoint, federation
 from fdiff.comm import Communicator
-from fdiff.config import Config
+from fdiff.config import Config, DataConfig
 from fdiff.errors import UserError
 from fdiff.evaluation import Model, Scoring, ScoringRequest
 from fdiff.federation import (
@@ -45,8 +49,21 @@ def bring_to_end(
     if not written or on_rank_0(comm, lambda: _last_round(config)) < config.federation.rounds:
         federation.run(config, comm, device, resume=True, stop=stop)
     if lacking := on_rank_0(comm, lambda: missing(sweep, cell)):
-        _score(sweep.score, lacking, infer_image_shape(config, comm), comm, device, cache, stop)
+        _score(sweep.score, lacking, config, comm, device, cache, stop)
     on_rank_0(comm, lambda: len(result(sweep, cell)))
+
+
+def with_image_shapes(sweep: Sweep, comm: Communicator) -> Sweep:
+    """The sweep with side and channels in each cell's configuration; all ranks call it. UserError names a cell."""
+    known: dict[Any, DataConfig] = {}
+    cells = []
+    for cell in sweep.cells:
+        config = cell.config
+        what = (config.data, config.federation.clients, config.model.dim_mults)
+        with _naming(cell):
+            known[what] = known.get(what) or infer_image_shape(config, comm).data
+        cells.append(replace(cell, config=replace(config, data=known[what])))
+    return replace(sweep, cells=cells)
 
 
 def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device, cache: Path | None) -> None:
@@ -63,14 +80,19 @@ def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device
         if on_rank_0(comm, lambda cell=cell: _seems_complete(sweep, cell)):
             continue
         checked.add(what)
-        try:
+        with _naming(cell):
             together(comm, lambda config=config: check_ranks(config, comm.size))
-            config = infer_image_shape(config, comm)
             Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
-        except UserError as error:
-            named = UserError(f"{cell.name}: {error}")
-            named.agreed = error.agreed
-            raise named from None
+
+
+@contextmanager
+def _naming(cell: Cell) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        named = UserError(f"{cell.name}: {error}")
+        named.agreed = error.agreed
+        raise named from None
 
 
 def _seems_complete(sweep: Sweep, cell: Cell) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_datasets import (
+    REPO,
     all_images,
     folder,
     pixels,
@@ -140,6 +143,34 @@ def test_an_image_file_that_is_unfit_is_named(tmp_path: Path, damage: str) -> No
         raw = path.read_bytes()
         path.write_bytes({"empty": b"", "text": b"not an image", "cut": raw[:-400]}[damage])
     refusal(lambda: source.image(0), str(path), "16 bits a channel" if damage == "16-bit" else "cannot be read")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)")
+def test_what_this_user_may_not_read_is_named(tmp_path: Path) -> None:
+    """As a user without root's right to read everything."""
+    for name in ("a/cat/1", "a/dog/1", "b/c/1"):
+        save(tmp_path / f"{name}.png", pixels(8, 8))
+    (tmp_path / "b" / "c" / "1.png").chmod(0)
+    (tmp_path / "a" / "dog").chmod(0)
+    (tmp_path / "no").mkdir(mode=0)
+    look = """
+import sys
+from fdiff.config import DataConfig
+from fdiff.data import open_source, open_client_source
+for config in (DataConfig(dataset="folder", root="a"), DataConfig(dataset="folder", root="b"),
+               DataConfig(partition="private", root="no/{client}")):
+    try:
+        open_source(config, "train") if config.dataset == "folder" else open_client_source(config, 0, "train")
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    caps = "-dac_override,-dac_read_search"
+    command = ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}", sys.executable, "-c", look]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and all(line.startswith("UserError") and "Permission denied" in line for line in said), said
+    assert [name for name, line in zip(("a/dog", "b/c/1.png", "no/0"), said, strict=True) if name not in line] == []
 
 
 # --- private

@@ -96,7 +96,7 @@ def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory, request)
     jobs["submitted"] = submit(cluster, folder, "--nodes", "2", *submitted)
     if request.config.getoption("--all"):
         limited = [*COMMON, "--config", "rounds.yaml", "--run.dir", "time-limit"]
-        minute = ("--ntasks-per-node=2", "--time=1", "--signal=USR2@45")
+        minute = ("--ntasks-per-node=2", "--time=2", "--signal=USR2@75")  # a busy machine takes 30 s to the first round
         jobs["time limit"] = template(cluster, folder, "one_node", *minute, flags=limited)
         by_hand = [*short, "--run.dir", "by-hand"]
         jobs["requeued by hand"] = template(cluster, folder, "multi_node", one, "--cpus-per-task=1", flags=by_hand)
