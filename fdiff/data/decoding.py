@@ -28,9 +28,10 @@ UNSIGNED, ALPHA = 1, (1, 2)
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself: height and width in pixels, which a turned image may have swapped;
+    """What an image file says of itself. Height and width are in pixels, and swapped where the image is to be turned.
 
-    whether it has colour, transparent pixels, more than one frame or page.
+    `colour`, `transparent` and `frames`: whether it has colours, may have transparent pixels, has several frames or
+    pages.
     """
 
     height: int

@@ -22,9 +22,10 @@ FEW = 1024  # files that are no work for processes
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of some images: how many, the smallest and the largest (H, W) by the shorter side, how many have
+    """What is known of some images, as JSON keeps it with `vars`.
 
-    colour, transparency, more frames than the first; why some are unfit, by their row. JSON keeps it as `vars`.
+    Their number; the `smallest` and the `largest` (H, W), by the shorter side; how many have colour, transparency, more
+    frames than the first; why some are unfit, by their row.
     """
 
     images: int = 0
@@ -43,9 +44,9 @@ class Findings:
 
 
 def inspect(split: Split, rows: Sequence[int], data: DataConfig) -> Findings:
-    """What is found in the images at `rows`. UserError names a file that is unfit, unless they are to be skipped:
+    """What is found in the images at `rows`. UserError names a file that is unfit by its header.
 
-    then each file is decoded, and those that are unfit are told of.
+    With `data.on_bad_image` skip each file is decoded, and what is unfit is told in the findings.
     """
     if isinstance(split.images, np.ndarray):
         _, channels, *size = split.images.shape
