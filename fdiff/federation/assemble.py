@@ -29,7 +29,7 @@ from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
-from fdiff.federation.training_images import Fingerprint, OpenedData, open_data
+from fdiff.federation.training_images import OpenedData, open_data
 from fdiff.federation.validate import has_client_files, private_parts
 from fdiff.federation.voting import together
 from fdiff.plan import RoundPlan, hosted_by
@@ -44,15 +44,15 @@ Labels = dict[int, int]  # images of each label
 class RankSetup:
     """All that a rank works with: its clients in their host, n_k of all clients, the writer of checkpoints.
 
-    `config` has what was inferred from the images, and `fingerprints` are theirs. `setting` is what the run folder
-    notes of ranks and clients.
+    `config` has what was inferred from the images, which are `opened`. `setting` is what the run folder notes of ranks
+    and clients.
     """
 
     config: Config
     comm: Communicator
     host: Host
     images: dict[int, int]
-    fingerprints: list[Fingerprint]
+    opened: OpenedData
     committer: Committer
     setting: dict[str, Any]
 
@@ -95,7 +95,7 @@ def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> Ran
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
     host = together(comm, lambda: Host(Trainer(config, device), own))
-    return RankSetup(config, comm, host, images, opened.fingerprints, _committer(config, comm), setting)
+    return RankSetup(config, comm, host, images, opened, _committer(config, comm), setting)
 
 
 def _setting(
@@ -188,7 +188,7 @@ def resume_from(rank: RankSetup) -> tuple[int, dict[str, list[Any]] | None]:
     if not round:
         return 0, None
     folder = checkpoint.root(run_dir) / checkpoint.generation_name(round)
-    saved = together(comm, lambda: snapshot.restore(folder, rank.host, rank.images, rank.fingerprints))
+    saved = together(comm, lambda: snapshot.restore(folder, rank.host, rank.images, rank.opened.fingerprints))
     if comm.rank == 0 and (changed := snapshot.changed_arithmetic(saved, rank.config)):
         log.warning("--resume: other values of %s: the result will not have the digits of one start", changed)
     return round, saved.get("logs")

@@ -35,8 +35,9 @@ class Commits:
         self._without_ema = round.plan if rank.config.optim.ema and round.ema is None else None
         with self._votes.keeping_errors("checkpoint"):
             logs = self._federator.rows if rank.committer.leads else None
+            prints = rank.opened.fingerprints
             self.prepared = snapshot.contents(
-                rank.host, rank.images, round.metrics, round.ema, round.images, logs, self._copies, rank.fingerprints
+                rank.host, rank.images, round.metrics, round.ema, round.images, logs, self._copies, prints
             )
 
     def start(self) -> None:

@@ -104,7 +104,7 @@ def _setting(round: Round, rank: RankSetup) -> dict[str, Any]:
         "round": round.plan.round,
         "number of ranks": [rank.comm.rank, rank.comm.size],
         "number of images": [rank.images[client] for client in sorted(rank.images)],
-        "images": rank.fingerprints,
+        "images": rank.opened.fingerprints,
         "plan": {part: list(clients) for part, clients in round.plan.reporters.items()},
         **{name: value for name, value in flat(to_dict(rank.config)).items() if not name.startswith(MAY_CHANGE)},
     }

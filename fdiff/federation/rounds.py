@@ -180,6 +180,8 @@ class Federation:
         with self.votes.keeping_errors("run folder"):
             self.federator.begin(self._last, self.rank.setting, logs)
         self.votes.vote()
+        for note in self.rank.opened.notes:
+            log.info("data: %s", note)
         return self._last
 
     def commit_and_stop(self, interruption: Interrupted) -> RunError:

@@ -7,7 +7,6 @@ are those of the images. What all ranks are told of images are names of classes,
 from __future__ import annotations
 
 import json
-import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,8 +33,6 @@ from fdiff.errors import UserError
 from fdiff.federation.voting import together
 from fdiff.plan import hosted_by
 
-log = logging.getLogger(__name__)
-
 Fingerprint = dict[str, str]
 
 
@@ -43,12 +40,13 @@ Fingerprint = dict[str, str]
 class OpenedData:
     """The training images: `config` with their shape; `sources` of this rank's clients, or the one that is split.
 
-    `fingerprints` are those of all clients' silos in turn, or that of the data set.
+    `fingerprints` are those of all clients' silos in turn, or that of the data set; `notes` are lines for the log.
     """
 
     config: Config
     sources: list[Source]
     fingerprints: list[Fingerprint]
+    notes: list[str]
 
 
 def open_data(config: Config, comm: Communicator) -> OpenedData:
@@ -73,8 +71,8 @@ def open_data(config: Config, comm: Communicator) -> OpenedData:
     splits = together(comm, lambda: [without_unfit(*pair) for pair in zip(splits, unfit, strict=True)])
     sources = together(comm, lambda: [as_source(split, config.data) for split in splits])
     prints = _fingerprints(comm, data, splits, clients)
-    _say_what_is_found(config, found, sum(len(one.unfit) for of_rank in everyone for one in of_rank))
-    return OpenedData(config, sources, prints)
+    left_out = sum(len(one.unfit) for of_rank in everyone for one in of_rank)
+    return OpenedData(config, sources, prints, _notes(config, found, left_out, prints))
 
 
 def infer_image_shape(config: Config, comm: Communicator) -> Config:
@@ -107,33 +105,32 @@ def _check_same_data(comm: Communicator, split: Split, root: str | None) -> None
 def _fingerprints(
     comm: Communicator, data: DataConfig, splits: Sequence[Split], clients: Sequence[int]
 ) -> list[Fingerprint]:
-    """Of each client's silo, or of the data set, which rank 0 reads; two silos alike are said."""
+    """Of each client's silo, or of the data set, which rank 0 reads."""
     private = data.partition == "private"
 
     def own() -> list[Fingerprint]:
         roots = [(data.root or "").replace("{client}", str(client)) if private else data.root for client in clients]
         return [fingerprint(*pair) for pair in zip(splits, roots, strict=True)] if private or comm.rank == 0 else []
 
-    found = [one for of_rank in exchange_json(comm, together(comm, own)) for one in of_rank]
-    alike: dict[str, int] = {}
-    for client, one in enumerate(found):
-        first = alike.setdefault(one["contents"] + one["labels"], client)
-        if first != client:
-            log.warning("data: clients %d and %d have the same images; is that meant?", first, client)
-            break
-    return found
+    return [one for of_rank in exchange_json(comm, together(comm, own)) for one in of_rank]
 
 
-def _say_what_is_found(config: Config, found: Findings, unfit: int) -> None:
-    channels, side, _ = config.data.shape
-    log.info(
-        "data: %s, %d training images of %s, %s; the model sees %dx%d %s",
-        config.data.dataset, found.images, found.sizes, "RGB" if found.colour else "grey", side, side,
-        "RGB" if channels == 3 else "grey",
-    )  # fmt: skip
+def _notes(config: Config, found: Findings, unfit: int, prints: Sequence[Fingerprint]) -> list[str]:
+    """What a person is to know of the images: a line of what they are, and one of each thing not taken as it is."""
+    data = config.data
+    channels, side, _ = data.shape
+    notes = [
+        f"{data.dataset}, {found.images} training images of {found.sizes}, {'RGB' if found.colour else 'grey'}; the "
+        f"model sees {side}x{side} {'RGB' if channels == 3 else 'grey'}"
+    ]
     if found.transparent:
-        log.warning("data: %d images may be transparent; behind them is %s", found.transparent, config.data.background)
+        notes.append(f"{found.transparent} images may be transparent; behind them is {data.background}")
     if found.frames:
-        log.warning("data: of %d images with several frames or pages the first is taken", found.frames)
+        notes.append(f"{found.frames} images have several frames or pages; the first is taken")
     if unfit:
-        log.warning("data: %d image files are unfit and left out, e.g. %s", unfit, next(iter(found.unfit.values())))
+        notes.append(f"{unfit} image files are unfit and left out, e.g. {next(iter(found.unfit.values()))}")
+    first: dict[str, int] = {}
+    for client, one in enumerate(prints):
+        if (twin := first.setdefault(one["contents"] + one["labels"], client)) != client:
+            return [*notes, f"clients {twin} and {client} have the same images; is that meant?"]
+    return notes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from dataclasses import replace
@@ -96,18 +95,19 @@ def test_plan_opens_images_only_to_infer_their_shape_and_names_the_flags(tmp_pat
 # --- what is said once ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_taken_as_it_is_is_said_once_with_its_number(tmp_path: Path, caplog) -> None:
+def test_what_is_not_taken_as_it_is_is_said_once_with_its_number(tmp_path: Path) -> None:
     for i in range(5):
         save(tmp_path / f"{i}.png", pixels(8, 8, 4))
     frames = [Image.fromarray(pixels(8, 8, seed=i)) for i in range(2)]
     frames[0].save(tmp_path / "5.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "6.png").write_bytes(b"")
-    with caplog.at_level(logging.INFO):
-        opened(DataConfig(dataset="folder", root=str(tmp_path), on_bad_image="skip", background="black"))
-    assert "6 training images of 8x8, RGB" in caplog.text
-    assert "5 images may be transparent; behind them is black" in caplog.text
-    assert "of 1 images with several frames or pages the first is taken" in caplog.text
-    assert "1 image files are unfit and left out, e.g." in caplog.text and "6.png" in caplog.text
+    notes = opened(DataConfig(dataset="folder", root=str(tmp_path), on_bad_image="skip", background="black")).notes
+    assert notes[:3] == [
+        "folder, 6 training images of 8x8, RGB; the model sees 8x8 RGB",
+        "5 images may be transparent; behind them is black",
+        "1 images have several frames or pages; the first is taken",
+    ]
+    assert notes[3].startswith(f"1 image files are unfit and left out, e.g. {tmp_path / '6.png'}") and len(notes) == 4
 
 
 def test_two_ranks_leave_out_the_same_images_or_refuse_in_one_line(tmp_path: Path) -> None:
@@ -144,11 +144,11 @@ def test_silos_number_their_classes_alike_and_are_called_silos(tmp_path: Path) -
     refusal(lambda: opened(data), "Cat and cat differ in case only")
 
 
-def test_clients_with_the_same_images_are_named(tmp_path: Path, caplog) -> None:
+def test_clients_with_the_same_images_are_named(tmp_path: Path) -> None:
     silo(tmp_path / "0", {"cat": 2}, seed=1)
     silo(tmp_path / "1", {"cat": 2}, seed=1)
-    opened(DataConfig(partition="private", root=f"{tmp_path}/{{client}}"))
-    assert "clients 0 and 1 have the same images" in caplog.text
+    notes = opened(DataConfig(partition="private", root=f"{tmp_path}/{{client}}")).notes
+    assert notes[1:] == ["clients 0 and 1 have the same images; is that meant?"]
 
 
 def test_a_silo_with_a_misspelt_name_of_its_labels_is_no_class_0(tmp_path: Path) -> None:
