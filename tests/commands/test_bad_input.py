@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "run file": ("--run.dir a-file", ("run.dir: 'a-file' is a file",), 2),
     "no gpu": ("--runtime.device cuda", ("runtime.device: 'cuda'", "no GPU is visible"), 2),
     "yaml": ("--config not.yaml", ("--config: not.yaml is not YAML",), 2),
-    "yaml field": ("--config unknown.yaml", ("federation.client: no such field", "local_epochs"), 2),
+    "yaml field": ("--config unknown.yaml", ("unknown.yaml: federation.client: no such field", "clients?"), 2),
     "no yaml": ("--config absent.yaml", ("--config: absent.yaml cannot be read",), 2),
     "comm": ("--runtime.comm none", ("runtime.comm: 'none'", "2 ranks"), 2),
     "loss": ("--optim.lr 1e30 --optim.batch_size 64", (", round 2: step 1: the loss is", "not a finite number"), 1),

@@ -22,12 +22,20 @@ from fdiff.federation.client import build_model
 
 BOMB = "method:\n" + "\n".join(f" a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9))
 YAML = {
-    "no such day": ("run: {dir: 2001-99-99}", "month must be in"),
+    "no such day": ("run: {dir: !!timestamp 2001-99-99}", "month must be in"),
     "no whole number": ("federation: {rounds: !!int abc}", "is not YAML"),
     "no number": ("optim: {lr: !!float x}", "is not YAML"),
-    "no binary number": ("federation: {rounds: 0b_}", "is not YAML"),
+    "no binary number": ("federation: {rounds: !!int 0b_}", "is not YAML"),
     "no truth": ("federation: {keep_optimizer: !!bool foo}", "is not YAML"),
     "no time": ("run: {dir: !!timestamp foo}", "is not YAML"),
+    "sexagesimal": ("federation: {rounds: 1:30}", "rounds: '1:30' is not valid; it must be of type int"),
+    "hexadecimal": ("federation: {rounds: 0x10}", "rounds: '0x10' is not valid"),
+    "tagged": ("federation: {rounds: !!int 1:30}", "is not YAML"),
+    "a word": ("federation: {keep_optimizer: on}", "keep_optimizer: 'on' is not valid; it must be of type bool"),
+    "group twice": ("run: {}\nmethod: udec\nrun: {}", "line 3: 'run' is there twice"),
+    "field twice": ("federation:\n  rounds: 3\n  rounds: 4", "line 3: 'rounds' is there twice"),
+    "unknown": ("federation: {round: 3}", "federation.round: no such field; did you mean federation.rounds"),
+    "not set": ("data: {root: $NOT_SET/x}", "data.root: '.NOT_SET/x': the variable NOT_SET is not set"),
     "vast number": ("federation: {rounds: " + "9" * 5000 + "}", "is not YAML"),
     "deep": ("method: " + "[" * 20_000, "more than 8 levels deep"),
     "deep blocks": ("\n".join(" " * i + "a:" for i in range(300)), "more than 8 levels deep"),
@@ -56,11 +64,10 @@ def test_a_device_is_not_read_to_its_end():
         apply_config_file(Config(), Path("/dev/zero"))
 
 
-def test_what_print_config_prints_is_taken(tmp_path):
-    import yaml
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config(method="udec"))))
-    assert apply_config_file(Config(), tmp_path / "config.yaml") == Config(method="udec")
+def test_numbers_are_plain_decimal(tmp_path):
+    (tmp_path / "config.yaml").write_text("federation: {rounds: 012}\noptim: {lr: 1e-4}\ndata: {beta: +.5E+1}")
+    config = apply_config_file(Config(), tmp_path / "config.yaml")
+    assert (config.federation.rounds, config.optim.lr, config.data.beta) == (12, 1e-4, 5.0)
 
 
 def test_a_message_keeps_its_two_ends():
