@@ -162,10 +162,11 @@ def _inception() -> Finding:
 def _run_folder(folder: Path) -> Finding:
     """Whether the run folder can be made and written, found out by writing where it would be."""
     name = "run folder"
-    if folder.exists() and not folder.is_dir():
-        return Finding(name, FAULT, f"{folder} is a file", "--run.dir FOLDER")
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = folder
     try:
+        if folder.exists() and not folder.is_dir():
+            return Finding(name, FAULT, f"{folder} is a file", "--run.dir FOLDER")
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free / GIB
     except OSError as error:

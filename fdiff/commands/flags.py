@@ -52,6 +52,7 @@ COMMANDS = {
 }
 
 CHECKED = (bool, int, float, Path)  # flags of these types: see `_in_full`
+GROUP_FLAGS = {f"--{group}" for group in GROUPS}  # the parser's own, which would read files in its own way
 DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 SAYS_WHAT = ("--preset", "--config", "--array", "--sweep", "--method", *(f"--{g}." for g in GROUPS if g != "runtime"))
 
@@ -174,7 +175,7 @@ def _in_full(parser: ArgumentParser, flags: list[str]) -> list[str]:
     while left:
         flag, equals, value = left.pop(0).partition("=")
         name = flag.removeprefix("--") if "." in flag else flag  # a field is named as everywhere
-        if flag.removeprefix("--") in GROUPS:
+        if flag in GROUP_FLAGS:
             raise UserError(f"{flag}: is a group of fields; give each by itself: {parser.prog} --help lists them")
         if (kind := kinds.get(flag)) is None:
             words.append(flag + equals + value)

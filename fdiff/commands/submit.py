@@ -162,7 +162,9 @@ def minutes_of(text: str) -> int:
 def _files(array: str) -> list[Path]:
     """The files of `--array`, in its order or, of a folder, by name."""
     given = [Path(expand_path("--array", file)) for file in array.split(",") if file]
-    files = sorted(given[0].glob("*.yaml")) if len(given) == 1 and given[0].is_dir() else given
+    files = given
+    if len(given) == 1 and given[0].is_dir():
+        files = sorted(file for file in given[0].iterdir() if file.suffix == ".yaml")
     if not files:
         raise UserError(f"--array: {array!r} holds no *.yaml; name a folder that does, or FILE,FILE,...")
     return files

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 FRUITLESS_STARTS = ".fruitless-starts"
+OWN = frozenset({"config.yaml", "setting.json", "checkpoints", *(f"{name}.jsonl" for name in logs.LOGS)})
 ENOTSUPP = 524  # of the kernel's own, which the C library does not know
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)  # Lustre and NFS, depending on how they are mounted
 
@@ -77,8 +78,7 @@ class Federator:
         if self.dir.exists() and not self.dir.is_dir():
             raise UserError(f"run.dir: '{self.dir}' is a file; name a folder")
         found = [f.name for f in self.dir.iterdir()] if self.dir.exists() else []
-        rounds = checkpoint.generations(self.dir)
-        if resume and not rounds and "config.yaml" not in found and not all(name.startswith(".") for name in found):
+        if resume and OWN.isdisjoint(found) and any(not name.startswith(".") for name in found):
             raise UserError(
                 f"run.dir: '{self.dir}' is not a run's folder (no config.yaml), so there is nothing to resume; name a "
                 "run's folder, or one that is new"
@@ -95,7 +95,7 @@ class Federator:
             raise UserError(f"run.dir: '{self.dir}' is in use by another job; choose another folder") from None
         except OSError as error:
             raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
-        if resume and not rounds:
+        if resume and not checkpoint.generations(self.dir):
             log.info("run.dir: '%s' has no checkpoint to resume from: this is a new start", self.dir)
 
     def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:

@@ -87,7 +87,7 @@ def test_resume_alone_takes_the_runs_configuration(tmp_path):
     assert resumed.federation.rounds == 99 and resumed.run_dir == Path(tmp_path)
 
 
-@pytest.mark.parametrize("flags", [[], ["--runtime.threads", "1"], ["--resume=true"]])
+@pytest.mark.parametrize("flags", [[], ["--runtime.threads", "1"]])
 def test_resume_alone_where_no_run_is_does_not_train_the_defaults(tmp_path, flags, monkeypatch):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("method: udec")
@@ -115,7 +115,7 @@ def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch):
     assert parsed("--run.dir", "a~$5$/b").run_dir == Path("a~$5$/b") and parsed("--run.dir", "null").run.dir is None
     sample = parse(["sample", "~/run", "--out", "$HOME/x.png"]).arguments
     assert (sample["checkpoint"], sample["out"]) == (tmp_path / "run", tmp_path / "x.png")
-    assert parse(["report", "a", "~/b"]).arguments["runs"] == [Path("a"), tmp_path / "b"]
+    assert parse(["report", "run", "~/b"]).arguments["runs"] == [Path("run"), tmp_path / "b"]
 
 
 @pytest.mark.parametrize(
