@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "corrupt image": ("--data.dataset folder --data.root spoilt", ("07.png",), 2),
     "private": ("--data.partition private --data.root images", ("data.root", "{client}"), 2),
     "run folder": ("--run.dir exists", ("run.dir: 'exists' exists already", "--resume"), 2),
+    "no run": ("--resume --run.dir images", ("run.dir: 'images' is not a run's folder", "nothing to resume"), 2),
     "run file": ("--run.dir a-file", ("run.dir: 'a-file' is a file",), 2),
     "no gpu": ("--runtime.device cuda", ("runtime.device: 'cuda'", "no GPU is visible"), 2),
     "yaml": ("--config not.yaml", ("--config: not.yaml is not YAML",), 2),
