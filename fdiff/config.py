@@ -8,9 +8,10 @@ This module knows nothing of processes, files or devices; whether a root exists 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -246,6 +247,8 @@ GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
 }
 
+PATHS = ("data.root", "run.dir")  # fields in which a person may write ~ and $NAME: see `config_file`
+
 MANY = 1_000_000  # of anything that a run does one after the other
 
 
@@ -271,7 +274,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
         "white, black or #RRGGBB",
     ),
     "data.max_pixels": _between(1, 2**40),
-    "data.beta": (lambda v: v > 0, "greater than 0"),
+    "data.beta": (lambda v: 0 < v <= MANY, f"greater than 0, and at most {MANY}"),
     "data.seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
     "data.limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
@@ -398,15 +401,30 @@ def from_dict(values: dict[str, Any]) -> Config:
         given = values.pop(group, {})
         if not isinstance(given, dict):
             raise UserError(f"{group}: {given!r} is not valid; it must be a group of fields")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := set(given) - known:
-            name = min(map(str, unknown))
-            raise UserError(f"{group}.{name}: no such field; {group} has {', '.join(sorted(known))}")
+        if unknown := set(given) - {f.name for f in dataclasses.fields(cls)}:
+            raise _no_such_field(f"{group}.{min(map(str, unknown))}")
         given = {k: tuple(v) if k == "dim_mults" and isinstance(v, list) else v for k, v in given.items()}
         groups[group] = cls(**given)
     if unknown := set(values) - {"method"}:
-        raise UserError(f"{min(map(str, unknown))}: no such field; there are method, {', '.join(GROUPS)}")
+        raise _no_such_field(min(map(str, unknown)))
     return Config(**values, **groups)
+
+
+def _no_such_field(name: str) -> UserError:
+    near = nearest(name, [*GROUPS, *flat(to_dict(Config()))])
+    return UserError(f"{name}: no such field; {near or 'fdiff train --help lists them'}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean federation.clients?" of a name that is none of the known ones; "" where none is near.
+
+    Names are told by what stands behind their last point, so that the right one is found in another group.
+    """
+    names = sorted(known, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0])
+    lasts = [other.rpartition(".")[2] for other in names]
+    close = difflib.get_close_matches(name.rpartition(".")[2], dict.fromkeys(lasts), n=2, cutoff=0.7)
+    found = [other for one in close for other, last in zip(names, lasts, strict=True) if last == one]
+    return f"did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 # --- presets -------------------------------------------------------------------------------------------------------

@@ -1,35 +1,84 @@
 """YAML files of fields: of a configuration, over which they are laid, or of a sweep.
 
 The file is data from outside: its size, its depth and its kinds of nodes are checked before anything is made of it.
+Scalars are those of YAML 1.2, all numbers decimal: YAML 1.1, PyYAML's own, takes 1e-4 for a word, 012 for ten and 1:30
+for ninety.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fdiff.config import Config, from_dict, to_dict
+from fdiff.config import PATHS, Config, from_dict, to_dict
 from fdiff.errors import UserError
+from fdiff.runtime import expand_path
 
 MAX_BYTES = 64 * 1024  # the output of --print-config takes 2
 MAX_DEPTH = 8
+_PREFIX = "tag:yaml.org,2002:"
+_SCALARS = [
+    (_PREFIX + "null", re.compile(r"(?:null|Null|NULL|)\Z")),
+    (_PREFIX + "bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")),
+    (_PREFIX + "int", re.compile(r"[-+]?[0-9]+\Z")),
+    (_PREFIX + "float", re.compile(r"(?i:[-+]?(?:\.[0-9]+|[0-9]+\.?[0-9]*)(?:e[-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data: no `~` for null, which is a home here, and no key twice."""
+
+    yaml_implicit_resolvers = {None: _SCALARS}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As the base does, which takes the last of equal keys."""
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (name := (key.tag, str(key.value))) in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor(_PREFIX + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(
+    _PREFIX + "float", lambda loader, node: float(re.sub(r"\.(?=inf|nan)", "", loader.construct_scalar(node).lower()))
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would take for something else than a string."""
+
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _SCALARS}
+
+
+def as_yaml(config: Config) -> str:
+    """The text of a file from which `apply_config_file` makes the same configuration."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def apply_config_file(base: Config, file: Path, flag: str = "--config") -> Config:
     """The base with the fields of the file; UserError names the flag and the file that cannot be used."""
-    values = to_dict(base)
-    lay_over(values, read_fields(file, flag))
-    return from_dict(values)
+    values, fields = to_dict(base), read_fields(file, flag)
+    try:
+        lay_over(values, fields)
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{flag}: {file}: {error}") from None
 
 
 def lay_over(values: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Put fields, nested as in a file, over the values, in place."""
+    """Put fields, nested as in a file, over the values, in place; paths as a shell would expand them. UserError."""
     for name, value in fields.items():
         both = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if both else value
+    for group, _, name in (path.partition(".") for path in PATHS):
+        if group in fields and isinstance(given := values[group], dict) and isinstance(given.get(name), str):
+            given[name] = expand_path(f"{group}.{name}", given[name])
 
 
 def read_fields(file: Path, flag: str) -> dict[str, Any]:
@@ -61,4 +110,4 @@ def _plain(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ValueError(f"line {event.start_mark.line + 1}: more than {MAX_DEPTH} levels deep")
-    return yaml.safe_load(text)
+    return _Loader(text).get_single_data()

@@ -216,13 +216,15 @@ def _reading(path: Path) -> Iterator[h5py.File]:
 
 @contextmanager
 def _reporting(path: Path) -> Iterator[None]:
-    """Whatever a file's content makes the reading code raise means one thing: it cannot be read."""
+    """Whatever a file's content makes the reading code raise means one thing: it cannot be read. PermissionError."""
     try:
         yield
     except Damaged:
         raise
     except FileNotFoundError:
         raise Damaged(f"{path}: is missing; {_ADVICE}") from None
+    except PermissionError as error:  # it may be sound; HDF5 does not name it
+        raise PermissionError(error.errno, os.strerror(error.errno), str(path)) from None
     except Exception as error:
         raise Damaged(f"{path}: cannot be read ({type(error).__name__}: {_one_line(error)}); {_ADVICE}") from error
 

@@ -72,8 +72,8 @@ def _see(config: Config, launch: Launch) -> dict[str, Any]:
     try:
         row["device"], row["why"] = _device(config.runtime, launch)
         _open_private(config, launch)
-    except UserError as error:
-        problems.append(str(error))
+    except Exception as error:  # whatever a library makes of the data is one more finding
+        problems.append(str(one_line(error, "" if isinstance(error, UserError) else "data.root")))
     return {"row": row, "findings": [asdict(f) for f in findings], "problems": problems}
 
 

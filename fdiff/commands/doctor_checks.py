@@ -19,7 +19,7 @@ from fdiff import __version__
 from fdiff.comm import transports
 from fdiff.config import Config, DataConfig
 from fdiff.data import CIFAR10_URL, open_source
-from fdiff.errors import UserError
+from fdiff.errors import one_line
 from fdiff.evaluation import INCEPTION_FILE, find_inception_weights
 from fdiff.runtime import Launch, visible_gpus
 
@@ -140,8 +140,8 @@ def _data_set(data: DataConfig, if_missing: str) -> Finding:
     name = f"data {data.dataset}"
     try:
         source = open_source(replace(data, download=False), "train")
-    except UserError as error:
-        what, _, remedy = str(error).partition("; ")
+    except Exception as error:  # whatever a library makes of the data is a finding
+        what, _, remedy = str(one_line(error)).partition("; ")
         if data.dataset == "cifar10":
             folder = shlex.quote(data.root or "data")
             remedy = f"mkdir -p {folder} && curl -L {CIFAR10_URL} | tar xz -C {folder}"
@@ -162,10 +162,11 @@ def _inception() -> Finding:
 def _run_folder(folder: Path) -> Finding:
     """Whether the run folder can be made and written, found out by writing where it would be."""
     name = "run folder"
-    if folder.exists() and not folder.is_dir():
-        return Finding(name, FAULT, f"{folder} is a file", "--run.dir FOLDER")
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = folder
     try:
+        if folder.exists() and not folder.is_dir():
+            return Finding(name, FAULT, f"{folder} is a file", "--run.dir FOLDER")
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free / GIB
     except OSError as error:

@@ -37,7 +37,7 @@ def run(
     sampler: Literal["ddpm", "ddim"] | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
-    root: str | None = None,
+    root: Path | None = None,
     local: bool = False,
     all_rounds: bool = False,
     json: bool = False,
@@ -65,7 +65,7 @@ def run(
     saved = _open(comm, checkpoint, all_rounds)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: sampling_config(saved[-1].config, **chosen))
-    config = replace(config, runtime=runtime, data=replace(config.data, root=root or config.data.root))
+    config = replace(config, runtime=runtime, data=replace(config.data, root=str(root) if root else config.data.root))
     asked = None if metrics is None else tuple(metrics.split(","))
     request = ScoringRequest(images, extractor, weights, asked)
     scoring = Scoring(comm, device, config, request, cache_folder("features"))

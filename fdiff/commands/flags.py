@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -16,12 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fdiff.config import GROUPS, PRESETS, Config, Method, RuntimeConfig, flat, from_dict, preset, to_dict
-from fdiff.config_file import apply_config_file
+from fdiff.config import (
+    GROUPS,
+    PATHS,
+    PRESETS,
+    Config,
+    Method,
+    RuntimeConfig,
+    flat,
+    from_dict,
+    nearest,
+    preset,
+    to_dict,
+)
+from fdiff.config_file import apply_config_file, as_yaml
 from fdiff.errors import UserError
+from fdiff.runtime import expand_path, launcher
 
 COMMANDS = {
     "train": "train a federation, alone or under torchrun, mpirun or srun",
@@ -37,6 +50,11 @@ COMMANDS = {
     "bench": "measure a part beside its baseline or its bound",
     "doctor": "what this machine has, what is missing, and how to get it",
 }
+
+CHECKED = (bool, int, float, Path)  # flags of these types: see `_in_full`
+GROUP_FLAGS = {f"--{group}" for group in GROUPS}  # the parser's own, which would read files in its own way
+DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
+SAYS_WHAT = ("--preset", "--config", "--array", "--sweep", "--method", *(f"--{g}." for g in GROUPS if g != "runtime"))
 
 METHOD_HELP = "shared parts: full, usplit (all three), ulatdec (bottleneck and decoder), udec (decoder)"
 
@@ -79,6 +97,7 @@ def parse(arguments: list[str]) -> Request:
         raise UserError(f"{name}: no such command; choose one of {', '.join(COMMANDS)}")
     run = importlib.import_module(f"fdiff.commands.{name}").run
     parser = _parser(name, run)
+    flags = _in_full(parser, flags)
     if not _takes(run, "config"):
         return Request(name, run, _instantiate(run, _parse_flags(parser, flags)))
     base, print_config, flags = _base(flags)
@@ -86,7 +105,7 @@ def parse(arguments: list[str]) -> Request:
     values = _parse_flags(parser, flags)
     config = from_dict({group: values.pop(group) for group in ("method", *GROUPS)})
     if print_config:
-        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        print(as_yaml(config), end="")
         sys.exit(0)
     return Request(name, run, {"config": config, **values})
 
@@ -102,7 +121,8 @@ def _parser(name: str, run: Callable[..., None]) -> ArgumentParser:
     _let_lists_be_words(parser)
     if _takes(run, "config"):
         parser.add_argument("--preset", metavar="NAME", help=PRESETS)
-        parser.add_argument("--config", metavar="FILE", help="YAML file of fields, over the preset and under the flags")
+        over = "YAML file of fields, over the preset and under the flags"
+        parser.add_argument("--config", metavar="FILE", type=Path, help=over)
         parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
         parser.add_argument("--method", type=Method, help=METHOD_HELP)
         for group, fields in GROUPS.items():
@@ -125,22 +145,68 @@ def _takes(run: Callable[..., None], name: str) -> bool:
 
 def _parse_flags(parser: ArgumentParser, flags: list[str]) -> dict[str, Any]:
     try:
-        values = parser.parse_args(_with_values(parser, flags)).clone(with_meta=False).as_dict()
+        values = parser.parse_args(flags).clone(with_meta=False).as_dict()
     except ArgumentError as error:
         message = _in_our_words(str(error))
-        hint = f"; {parser.prog} --help lists the flags" if message.startswith("unrecognized") else ""
-        raise UserError(message + hint) from None
-    return {k: v for k, v in values.items() if k not in ("preset", "config", "print_config")}
+        if message.startswith("unrecognized"):
+            options = [option for action in parser._actions for option in action.option_strings]
+            wrong = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
+            message += f"; {nearest(wrong, options) or f'{parser.prog} --help lists the flags'}"
+        raise UserError(message) from None
+    named = {k: v for k, v in values.items() if k not in ("preset", "config", "print_config")}
+    return {name: _expanded(name, value) for name, value in named.items()}
 
 
-def _with_values(parser: ArgumentParser, flags: list[str]) -> list[str]:
-    """Let `--json` stand for `--json true`, for every flag that is true or false."""
-    switches = {o for a in parser._actions for o in a.option_strings if getattr(a, "_typehint", None) is bool}
-    following = [*flags[1:], "--"]
-    return [
-        f"{flag}=true" if flag in switches and after.lower() not in ("true", "false") else flag
-        for flag, after in zip(flags, following, strict=False)
-    ]
+def _expanded(name: str, value: Any) -> Any:
+    """A path, or each of a list, that came without a flag, as a shell would expand it; anything else as it is."""
+    if isinstance(value, list):
+        return [_expanded(name, each) for each in value]
+    return Path(expand_path(name, str(value))) if isinstance(value, Path) else value
+
+
+def _in_full(parser: ArgumentParser, flags: list[str]) -> list[str]:
+    """Each flag with its value in one word: `--json` as `--json=true`, a path as a shell would expand it.
+
+    UserError for a path that cannot be, and for a number that the parser would not take as plain decimal: 1:30 is
+    ninety in YAML 1.1.
+    """
+    kinds = {option: kind for action in parser._actions for option in action.option_strings if (kind := _kind(action))}
+    words, left = [], list(flags)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        name = flag.removeprefix("--") if "." in flag else flag  # a field is named as everywhere
+        if flag in GROUP_FLAGS:
+            raise UserError(f"{flag}: is a group of fields; give each by itself: {parser.prog} --help lists them")
+        if (kind := kinds.get(flag)) is None:
+            words.append(flag + equals + value)
+            continue
+        if kind is bool and not equals and not (left and left[0].lower() in ("true", "false", "null")):
+            value = "true"
+        elif not equals and (not left or left[0].startswith("--")):
+            words.append(flag)  # the parser says that it lacks a value
+            continue
+        elif not equals:
+            value = left.pop(0)
+        if kind in (int, float):
+            _check_numbers(name, value)
+        words.append(f"{flag}={expand_path(name, value) if kind is Path and value != 'null' else value}")
+    return words
+
+
+def _kind(action: argparse.Action) -> type | None:
+    """The one of `CHECKED` of which a flag's value is, or its list's members are."""
+    hint = getattr(action, "_typehint", None) or action.type
+    if action.dest in PATHS:
+        return Path
+    return next((kind for kind in CHECKED if kind in (hint, *get_args(hint))), None)
+
+
+def _check_numbers(name: str, text: str) -> None:
+    for number in re.split(r"[\s,\[\]]+", text):
+        if re.match(r"[-+.]?\d", number) and not DECIMAL.fullmatch(number):
+            raise UserError(f"{name}: {number!r} is not valid; it must be a plain decimal number")
+        if DECIMAL.fullmatch(number) and not math.isfinite(float(number)):
+            raise UserError(f"{name}: {number!r} is not valid; it must be a finite number")
 
 
 def _in_our_words(message: str) -> str:
@@ -165,18 +231,38 @@ def _base(flags: list[str]) -> tuple[Config, bool, list[str]]:
     early.add_argument("--preset")
     early.add_argument("--config", type=Path)
     early.add_argument("--print-config", action="store_true")
-    early.add_argument("--run.dir", dest="run_dir", type=Path)
     try:
         given, rest = early.parse_known_args(flags)
     except argparse.ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    if given.run_dir is not None:
-        rest += ["--run.dir", str(given.run_dir)]
-    file = given.config
-    if "--resume" in rest and given.preset is None and file is None and given.run_dir is not None:
-        file = given.run_dir / "config.yaml" if (given.run_dir / "config.yaml").exists() else None
     base = preset(given.preset) if given.preset else Config()
-    return (apply_config_file(base, file) if file else base), given.print_config, rest
+    if given.config:
+        base = apply_config_file(base, given.config)
+    elif not given.preset and "--resume=true" in rest and (run_dir := _run_dir(rest)):
+        base = _of_run(run_dir, flags)
+    return base, given.print_config, rest
+
+
+def _run_dir(flags: list[str]) -> Path | None:
+    folders = [flag.partition("=")[2] for flag in flags if flag.startswith("--run.dir=")]
+    return Path(folders[-1]) if folders and folders[-1] != "null" else None
+
+
+def _of_run(run_dir: Path, flags: list[str]) -> Config:
+    """The configuration of the run in a folder, the defaults where there is none yet.
+
+    UserError if then nothing says what to train, unless the job went no further before it was started again.
+    """
+    if (run_dir / "config.yaml").exists():
+        return apply_config_file(Config(), run_dir / "config.yaml", "--resume")
+    what = [flag for flag in flags if flag.startswith(SAYS_WHAT) and not flag.startswith("--run.dir=")]
+    if not what and not launcher.restarts():
+        around = next((f"; did you mean {p}?" for p in run_dir.parents if (p / "config.yaml").exists()), "")
+        raise UserError(
+            f"--resume: there is no run in run.dir {str(run_dir)!r} (no config.yaml)"
+            + (around or "; name a run's folder, or say by --preset, --config or flags what to train")
+        )
+    return Config()
 
 
 def _instantiate(run: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:

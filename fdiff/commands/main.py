@@ -19,7 +19,7 @@ from fdiff.comm import Communicator, LostRanks, NoRendezvous, Stranger, agree, c
 from fdiff.commands.flags import COMMANDS, Request, parse
 from fdiff.commands.same_request import compare_requests
 from fdiff.config import RuntimeConfig
-from fdiff.errors import RunError, UserError, one_line
+from fdiff.errors import RunError, UserError, one_line, printable
 from fdiff.runtime import killed_for_memory, launcher, set_up
 
 EARLY_S = 60.0  # how long ranks wait for each other to say that the request is bad
@@ -40,8 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error)
     _outlive_readers()
     level = logging.INFO if launch.rank == 0 else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     return _serve(arguments, launch)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Shows what a message brings along of a file's name or of another's text as characters, and has it do nothing."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message in one line; what follows it, a traceback, is left as it is."""
+        return printable(super().formatMessage(record))
+
+
+class _PrintableText(io.TextIOWrapper):
+    """The same for all that is printed, tables above all; a line may end, and a progress bar go back."""
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text, keep="\n\t\r"))
 
 
 class _ReaderMayLeave(io.FileIO):
@@ -62,7 +79,7 @@ def _outlive_readers() -> None:
         if stream is not None and stream is getattr(sys, f"__{name}__") and stream.fileno() == number:
             raw = io.BufferedWriter(_ReaderMayLeave(number, "w", closefd=False))
             buffered = stream.line_buffering or name == "stderr"
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=buffered))
+            setattr(sys, name, _PrintableText(raw, stream.encoding, stream.errors, line_buffering=buffered))
 
 
 def overview() -> str:
@@ -153,6 +170,8 @@ def _fail(error: BaseException, launch: launcher.Launch, comm: Communicator | No
 
 def _say(error: BaseException, speaks: bool = True) -> int:
     """Print an error, ours in one line, and return its exit status."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = one_line(error)
     if speaks and isinstance(error, (UserError, RunError)):
         print(f"fdiff: error: {one_line(error)}", file=sys.stderr, flush=True)
     elif speaks:

@@ -16,15 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fdiff import sweeps
 from fdiff.commands.submit_job import Sweeping, Training, load_submitit, slurm_state
 from fdiff.config import Config, RuntimeConfig, to_dict
-from fdiff.config_file import apply_config_file
+from fdiff.config_file import apply_config_file, as_yaml
 from fdiff.errors import RunError, UserError
 from fdiff.federation import check_ranks
-from fdiff.runtime import launcher
+from fdiff.runtime import expand_path, launcher
 
 LOCAL_REQUEUES = 5  # submitit's local executor starts a job at most six times
 DONE = "COMPLETED"
@@ -66,7 +64,7 @@ def run(
     sbatch: dict[str, str] | None = None,
     setup: str | None = None,
     array: str | None = None,
-    sweep: str | None = None,
+    sweep: Path | None = None,
     resume: bool = False,
     notice_s: int = 120,
     max_requeues: int = 5,
@@ -125,7 +123,7 @@ def run(
     if sweep is None:
         configs = [config] if array is None else [apply_config_file(config, file, "--array") for file in _files(array)]
         _check_runs(configs, nodes * tasks_per_node, resume)
-        tasks = [Task(c.run_dir, [c], Training(_keep(_yaml(c), log_dir), resume, max_requeues)) for c in configs]
+        tasks = [Task(c.run_dir, [c], Training(_keep(as_yaml(c), log_dir), resume, max_requeues)) for c in configs]
     else:
         tasks = [_sweep(sweep, config, array, nodes * tasks_per_node, log_dir, max_requeues)]
     executor = _executor(cluster, log_dir, resources, {name: value for name, value in site.items() if value})
@@ -163,7 +161,10 @@ def minutes_of(text: str) -> int:
 
 def _files(array: str) -> list[Path]:
     """The files of `--array`, in its order or, of a folder, by name."""
-    files = sorted(Path(array).glob("*.yaml")) if Path(array).is_dir() else [Path(f) for f in array.split(",") if f]
+    given = [Path(expand_path("--array", file)) for file in array.split(",") if file]
+    files = given
+    if len(given) == 1 and given[0].is_dir():
+        files = sorted(file for file in given[0].iterdir() if file.suffix == ".yaml")
     if not files:
         raise UserError(f"--array: {array!r} holds no *.yaml; name a folder that does, or FILE,FILE,...")
     return files
@@ -197,14 +198,14 @@ def _check_runs(configs: Sequence[Config], ranks: int, resume: bool) -> None:
 
 
 def _sweep(
-    name: str, config: Config, array: str | None, ranks: int, log_dir: Path, max_requeues: int
+    name: Path, config: Config, array: str | None, ranks: int, log_dir: Path, max_requeues: int
 ) -> Task:
     """The job of a sweep, which goes on with what its folder holds. UserError names what does not go with it."""
     if array is not None:
         raise UserError(f"--array: {array!r} does not go with --sweep, which is one job; submit each by itself")
     if replace(config, runtime=RuntimeConfig(), run=replace(config.run, dir=None)) != Config():
         raise UserError("--sweep: the file says what runs; besides it give only --run.dir and --runtime.*")
-    path = sweeps.find(name)
+    path = sweeps.find(str(name))
     out = Path(config.run.dir or f"runs/{path.stem}").absolute()
     runs = [cell.config for cell in sweeps.read(path, out, config.runtime).cells]
     for run in runs:
@@ -213,10 +214,6 @@ def _sweep(
     flags = tuple(f"--runtime.{n}={str(v).lower() if v in (True, False) else v}" for n, v in given.items())
     file = _keep(path.read_text(encoding="utf-8"), log_dir)
     return Task(out, runs, Sweeping(file, out, flags, max_requeues))
-
-
-def _yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def _keep(text: str, log_dir: Path) -> Path:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    file: str, runtime: RuntimeConfig, comm: Communicator, device: torch.device, *, out: Path | None = None
+    file: Path, runtime: RuntimeConfig, comm: Communicator, device: torch.device, *, out: Path | None = None
 ) -> None:
     """Run a sweep.
 
@@ -32,7 +32,7 @@ def run(
         runtime: Where and how it runs.
         out: Folder of the runs and of table.txt, table.csv and table.tex; by default runs/NAME of the file.
     """
-    path = together(comm, lambda: sweeps.find(file))
+    path = together(comm, lambda: sweeps.find(str(file)))
     folder = out or Path("runs") / path.stem
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     sweep = sweeps.with_image_shapes(sweep, comm)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
-from fdiff.errors import RunError, UserError
+from fdiff.errors import RunError, UserError, one_line
 from fdiff.federation import find_gaps, find_problems
 
 
@@ -20,8 +20,11 @@ def run(checkpoint: Path) -> None:
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then all its checkpoints and its logs.
     """
-    wrong = [line for path in folders(checkpoint) for line in report(path)]
-    wrong += find_gaps(checkpoint)
+    try:
+        wrong = [line for path in folders(checkpoint) for line in report(path)]
+        wrong += find_gaps(checkpoint)
+    except OSError as error:
+        raise RunError(str(one_line(error))) from None
     for line in wrong:
         print(f"damaged  {line}")
     if wrong:

@@ -16,6 +16,7 @@ from fdiff.errors import UserError
 KINDS = ("iid", "label-skew", "quantity-skew")
 MIN_IMAGES = 10  # what every client of a skewed split must get
 MAX_DRAWS = 1000
+MAX_BETA = 1e6  # with which all shares are alike to a thousandth; of the largest numbers they are no numbers
 
 
 def iid(n: int, clients: int, seed: int) -> list[np.ndarray]:
@@ -110,8 +111,8 @@ def _check_enough(n: int, clients: int, each: int, kind: str) -> None:
 
 
 def _check_beta(beta: float) -> None:
-    if not (beta > 0 and np.isfinite(beta)):
-        raise UserError(f"data.beta: {beta} is not a concentration; use a number above 0, such as 0.5")
+    if not 0 < beta <= MAX_BETA:
+        raise UserError(f"data.beta: {beta} is not valid; use a number above 0 and at most {MAX_BETA:.0f}, such as 0.5")
 
 
 def _gave_up(kind: str, clients: int, beta: float) -> UserError:

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from fdiff import __version__, checkpoint
-from fdiff.config import Config, to_dict
+from fdiff.config import Config
+from fdiff.config_file import as_yaml
 from fdiff.data import save_grid
 from fdiff.errors import UserError, one_line
 from fdiff.federation import logs
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 FRUITLESS_STARTS = ".fruitless-starts"
+OWN = frozenset({"config.yaml", "setting.json", "checkpoints", *(f"{name}.jsonl" for name in logs.LOGS)})
 ENOTSUPP = 524  # of the kernel's own, which the C library does not know
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP)  # Lustre and NFS, depending on how they are mounted
 
@@ -70,10 +71,19 @@ class Federator:
         return isinstance(setting, dict) and setting.get("job") == job
 
     def open(self, resume: bool) -> None:
-        """Make the run folder; UserError if it exists and is not to be resumed, or cannot be written."""
+        """Make the run folder; UserError if it is there and is not to be resumed, or is no run, or cannot be written.
+
+        A resumption that finds nothing to go on from says that it is a new start.
+        """
         if self.dir.exists() and not self.dir.is_dir():
             raise UserError(f"run.dir: '{self.dir}' is a file; name a folder")
-        if not resume and self.dir.exists() and any(f.name != LOCK for f in self.dir.iterdir()):
+        found = [f.name for f in self.dir.iterdir()] if self.dir.exists() else []
+        if resume and OWN.isdisjoint(found) and any(not name.startswith(".") for name in found):
+            raise UserError(
+                f"run.dir: '{self.dir}' is not a run's folder (no config.yaml), so there is nothing to resume; name a "
+                "run's folder, or one that is new"
+            )
+        if not resume and any(name != LOCK for name in found):
             raise UserError(
                 f"run.dir: '{self.dir}' exists already; choose another, or pass --resume to go on from its newest "
                 "checkpoint"
@@ -85,6 +95,8 @@ class Federator:
             raise UserError(f"run.dir: '{self.dir}' is in use by another job; choose another folder") from None
         except OSError as error:
             raise UserError(f"run.dir: '{self.dir}' cannot be written ({error.strerror}); choose another") from None
+        if resume and not checkpoint.generations(self.dir):
+            log.info("run.dir: '%s' has no checkpoint to resume from: this is a new start", self.dir)
 
     def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:
         """Write down configuration and setting (see `assemble`); have the logs end with the last round.
@@ -92,7 +104,7 @@ class Federator:
         `last_round` is the one to go on from, 0 for none; `saved` are the rows that its checkpoint holds, if it does.
         """
         if last_round < self.config.federation.rounds:  # else nothing follows that this would describe
-            logs.write_atomically(self.dir / "config.yaml", yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            logs.write_atomically(self.dir / "config.yaml", as_yaml(self.config))
             versions = {"fdiff": __version__, "python": platform.python_version(), "torch": torch.__version__}
             here = {"system": platform.platform()}
             logs.write_atomically(self.dir / "setting.json", json.dumps({**versions, **here, **setting}))

@@ -23,7 +23,7 @@ from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
 from fdiff.federation.sampling import draw_grid
-from fdiff.federation.voting import Votes, on_rank_0
+from fdiff.federation.voting import Votes, on_rank_0, together
 from fdiff.plan import plan_round
 from fdiff.runtime import Stop, launcher
 
@@ -169,17 +169,13 @@ class Federation:
         restarted = any(exchange_json(self.comm, launcher.restarts() > 0))  # not every agent of torchrun counts all
         job = launcher.job_name(self.comm.outlives) if restarted else None
         resume = resume or any(exchange_json(self.comm, self.federator.made_by(job)))
-        with self.votes.keeping_errors():
-            self.federator.open(resume)
-        self.votes.vote()
+        together(self.comm, lambda: self.federator.open(resume))
         self.rank = set_up_rank(self.config, self.comm, self.device)
         self.config = self.federator.config = self.rank.config
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)
         self._began_with = self._last
-        with self.votes.keeping_errors("run folder"):
-            self.federator.begin(self._last, self.rank.setting, logs)
-        self.votes.vote()
+        together(self.comm, lambda: self.federator.begin(self._last, self.rank.setting, logs), "run folder")
         for note in self.rank.opened.notes:
             log.info("data: %s", note)
         return self._last

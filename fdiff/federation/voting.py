@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from fdiff.comm import Communicator, agree, exchange_json
-from fdiff.errors import one_line
+from fdiff.errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ class Votes:
             yield
         except Exception as error:
             log.debug("kept until the next vote", exc_info=True)
-            self.error = self.error or one_line(error, what)
+            line = one_line(error, what)  # of a file that was sound when the training began
+            self.error = self.error or (RunError(str(line)) if isinstance(error, OSError) else line)
 
     def vote(self) -> None:
         """The safe point before payload moves: if any rank has kept an error, all raise it."""
@@ -40,12 +41,12 @@ class Votes:
         agree(self._comm, error)
 
 
-def together(comm: Communicator, work: Callable[[], T]) -> T:
-    """Do work on every rank, then vote: if it failed on any, all raise that error."""
+def together(comm: Communicator, work: Callable[[], T], what: str = "") -> T:
+    """Do work on every rank, then vote: if it failed on any, all raise that error, which begins with `what`."""
     try:
         result = work()
     except Exception as error:
-        agree(comm, one_line(error))
+        agree(comm, one_line(error, what))
         raise  # not reached: all ranks have agreed on an error
     agree(comm)
     return result

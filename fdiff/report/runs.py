@@ -141,7 +141,7 @@ def read_run(folder: Path) -> Run:
         logs = [read_jsonl(folder / f"{name}.jsonl") for name in ("rounds", "clients", "scores")]
         if gaps := find_gaps(folder):
             raise UserError(gaps[0])
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except OSError as error:
         raise UserError(f"{folder}: is not a run folder of fdiff train ({error.strerror}: config.yaml)") from None

@@ -86,57 +86,71 @@ def find(name: str) -> Path:
 
 
 def read(file: Path, out: Path, runtime: RuntimeConfig) -> Sweep:
-    """The sweep of a file, its run folders under `out`; UserError names the key that is wrong.
+    """The sweep of a file, its run folders under `out`; UserError names the file and the key that is wrong.
 
     A combination that comes twice is one cell.
     """
     given = read_fields(file, "file")
-    if not isinstance(given.get("grid"), dict) or not given["grid"] or set(given) - set(KEYS):
-        raise UserError(f"{file}: must have the key grid, with fields, and may have preset, fields, score")
-    base = to_dict(_preset(file, given["preset"]) if "preset" in given else Config())
-    _put(file, base, given.get("fields") or {})
-    grid = _grid(file, given["grid"])
+    try:
+        return _sweep(given, out, runtime)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _sweep(given: Mapping[Any, Any], out: Path, runtime: RuntimeConfig) -> Sweep:
+    if unknown := set(given) - set(KEYS):
+        raise UserError(f"{min(map(str, unknown))}: no such key; a sweep has grid, and may have preset, fields, score")
+    if not isinstance(given.get("grid"), dict) or not given["grid"]:
+        raise UserError("must have the key grid, with fields")
+    base = to_dict(_preset(given["preset"]) if "preset" in given else Config())
+    _put(base, _table(given, "fields"))
+    grid = _grid(given["grid"])
     for field, instead in (("runtime", "give it by flags, --runtime.*"), ("run.dir", "give --out")):
         group, _, name = field.partition(".")
         unlike = base[group] != to_dict(RuntimeConfig()) if field == "runtime" else base[group][name] is not None
         if unlike or any(key == field or key.startswith(f"{field}.") for key in grid):
-            raise UserError(f"{file}: {field}: is not for a sweep's file; {instead}")
+            raise UserError(f"{field}: is not for a sweep's file; {instead}")
     base["runtime"] = to_dict(runtime)
-    score = _score(file, given.get("score") or {})
+    score = _score(_table(given, "score"))
     points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     cells: dict[Config, Cell] = {}
     for point in points:
-        cell = _cell(file, base, point, score, out)
+        cell = _cell(base, point, score, out)
         cells.setdefault(replace(cell.config, run=replace(cell.config.run, dir=None)), cell)
     return Sweep(list(cells.values()), score)
 
 
-def _preset(file: Path, name: Any) -> Config:
+def _table(given: Mapping[Any, Any], key: str) -> Any:
+    """What stands under a key; a key with nothing under it is an empty table."""
+    return {} if given.get(key) is None else given[key]
+
+
+def _preset(name: Any) -> Config:
     if not isinstance(name, str):
-        raise UserError(f"{file}: preset: {name!r} is not the name of a preset")
+        raise UserError(f"preset: {name!r} is not the name of a preset")
     return preset(name)
 
 
-def _grid(file: Path, grid: Mapping[Any, Any]) -> dict[str, list[Any]]:
+def _grid(grid: Mapping[Any, Any]) -> dict[str, list[Any]]:
     """The values of each field; of every combination, the last field changing fastest, a cell is made."""
     for field, values in grid.items():
         if not isinstance(field, str):
-            raise UserError(f"{file}: grid: {field!r} is not a field; they are like federation.clients")
+            raise UserError(f"grid: {field!r} is not a field; they are like federation.clients")
         if not isinstance(values, list) or not values:
-            raise UserError(f"{file}: grid.{field}: {values!r} is not a list of values")
+            raise UserError(f"grid.{field}: {values!r} is not a list of values")
     if (cells := math.prod(map(len, grid.values()))) > MAX_CELLS:
-        raise UserError(f"{file}: grid: has {cells} combinations; a sweep has at most {MAX_CELLS}")
+        raise UserError(f"grid: has {cells} combinations; a sweep has at most {MAX_CELLS}")
     return dict(grid)
 
 
-def _cell(file: Path, base: Mapping[str, Any], point: Mapping[str, Any], score: Score, out: Path) -> Cell:
+def _cell(base: Mapping[str, Any], point: Mapping[str, Any], score: Score, out: Path) -> Cell:
     values = {name: dict(v) if isinstance(v, dict) else v for name, v in base.items()}
     for field, value in point.items():
-        group, _, name = field.rpartition(".")
-        _put(file, values, {group: {name: value}} if group else {name: value})
+        group, dot, name = field.partition(".")
+        _put(values, {group: {name: value}} if dot else {field: value})
     name = _name(point)
     config = from_dict(values)
-    _check_scored(file, name, config, score.rounds)
+    _check_scored(name, config, score.rounds)
     score.sampling(config)  # better refused now than when the training is done
     kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
     return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)), point)
@@ -149,36 +163,36 @@ def _name(point: Mapping[str, Any]) -> str:
     return name if plain == name else f"{plain}-{blake3(name.encode()).hexdigest()[:8]}"
 
 
-def _check_scored(file: Path, name: str, config: Config, rounds: Sequence[int]) -> None:
+def _check_scored(name: str, config: Config, rounds: Sequence[int]) -> None:
     """UserError unless there will be a checkpoint of each of these rounds."""
     last = config.federation.rounds
     if rounds and max(rounds) > last:
-        raise UserError(f"{file}: score.rounds: {max(rounds)} is beyond the {last} rounds of {name}")
+        raise UserError(f"score.rounds: {max(rounds)} is beyond the {last} rounds of {name}")
     if unsaved := [round for round in rounds if not config.saves(round)]:
         raise UserError(
-            f"{file}: score.rounds: {unsaved[0]} has no checkpoint in {name}, whose run.checkpoint_every is "
+            f"score.rounds: {unsaved[0]} has no checkpoint in {name}, whose run.checkpoint_every is "
             f"{config.run.checkpoint_every}; it must be a multiple of that, or the last round"
         )
 
 
-def _put(file: Path, values: dict[str, Any], fields: Any) -> None:
+def _put(values: dict[str, Any], fields: Any) -> None:
     """Put fields over the values, in place; UserError if they are none."""
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
-        raise UserError(f"{file}: fields: {fields!r} is not a group of fields")
+        raise UserError(f"fields: {fields!r} is not a group of fields")
     lay_over(values, fields)
 
 
-def _score(file: Path, given: Any) -> Score:
+def _score(given: Any) -> Score:
     known = list(Score.__dataclass_fields__)
     if not isinstance(given, dict) or set(given) - set(known):
-        raise UserError(f"{file}: score: {given!r} is not valid; it may have {', '.join(known)}")
+        raise UserError(f"score: {given!r} is not valid; it may have {', '.join(known)}")
     images, extractor, rounds = given.get("images"), given.get("extractor"), given.get("rounds", [])
     if not (images is None or _positive(images)):
-        raise UserError(f"{file}: score.images: {images!r} is not valid; it must be a whole number, at least 1")
+        raise UserError(f"score.images: {images!r} is not valid; it must be a whole number, at least 1")
     if extractor not in (None, *DISTANCES):
-        raise UserError(f"{file}: score.extractor: {extractor!r} is not valid; choose one of {', '.join(DISTANCES)}")
+        raise UserError(f"score.extractor: {extractor!r} is not valid; choose one of {', '.join(DISTANCES)}")
     if not (isinstance(rounds, list) and all(map(_positive, rounds))):
-        raise UserError(f"{file}: score.rounds: {rounds!r} is not valid; it must be a list of rounds, from 1")
+        raise UserError(f"score.rounds: {rounds!r} is not valid; it must be a list of rounds, from 1")
     return Score(**{**given, "rounds": tuple(sorted(set(rounds)))})
 
 

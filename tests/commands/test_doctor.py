@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import h5py
 import mpi_libraries
 import pytest
 from jobs import Done, execute, on_ranks
@@ -128,6 +129,14 @@ def test_without_data_it_names_the_folder_and_the_package(tmp_path):
     data = findings(json.loads(done.out))["data fashion-mnist"]
     assert data["status"] == "fault" and "/nowhere" in data["what"] and "apt install" in data["remedy"]
     assert "/nowhere" in done.err
+
+
+def test_a_silo_that_claims_more_than_any_memory_is_one_line(tmp_path):
+    with h5py.File(tmp_path / "site-0.h5", "w") as file:
+        file.create_dataset("images", shape=(10**6, 724, 724), dtype="uint8", chunks=(1, 724, 724))
+    flags = ("--data.partition", "private", "--data.root", "site-{client}.h5", "--federation.clients", "1")
+    done = alone(tmp_path, *flags)
+    assert done.status == 1 and "this job could not run here" in done.err and "Traceback" not in done.err
 
 
 def test_public_data_sets_are_looked_for_where_the_jobs_data_is(tmp_path):

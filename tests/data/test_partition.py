@@ -150,6 +150,7 @@ def test_one_client_gets_everything(kind):
         ("quantity-skew", 100, 2, -1.0, ["data.beta", "-1.0", "above 0"]),
         ("quantity-skew", 100, 2, float("nan"), ["data.beta", "nan"]),
         ("label-skew", 100, 2, float("inf"), ["data.beta", "inf"]),
+        ("quantity-skew", 100, 2, 1e308, ["data.beta: 1e+308", "at most 1000000"]),
         ("label-skew", 60, 6, 0.01, ["data.partition", "label-skew", "1000 draws", "larger data.beta"]),
         ("quantity-skew", 60, 6, 0.01, ["data.partition", "quantity-skew", "1000 draws", "larger data.beta"]),
         ("quantity-skew", 100, 2, 1e-320, ["data.partition", "1000 draws"]),

@@ -54,6 +54,19 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path, precious, name):
     assert all(not f.is_symlink() for f in run.iterdir() if f.name != ".config.yaml")
 
 
+def test_only_a_run_is_resumed_and_a_new_start_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    federator_of(tmp_path / "new").open(resume=True)
+    assert [r.message for r in caplog.records] == [
+        f"run.dir: '{tmp_path / 'new'}' has no checkpoint to resume from: this is a new start"
+    ]
+    (tmp_path / "run" / "checkpoints" / "round-000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not a run's folder .* nothing to resume; name a run's folder"):
+        federator_of(tmp_path / "run" / "checkpoints").open(resume=True)
+    federator_of(tmp_path / "run").open(resume=True)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("damage", [b"", b'{"job": "slurm 7"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000])
 def test_a_damaged_setting_is_no_leave_to_go_on_in_a_folder(tmp_path, monkeypatch, damage):
     """What torchrun or Slurm starts again goes on only where it is sure to have been before."""

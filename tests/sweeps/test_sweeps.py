@@ -88,7 +88,11 @@ def test_the_files_that_ship_are_sound(path, tmp_path):
         ({"fields": {"runtime": {"precision": "bf16"}}}, "runtime: is not for a sweep's file"),
         ({"grid": {"runtime.precision": ["bf16"]}}, "runtime: is not for a sweep's file"),
         ({"preset": "maxi"}, "'maxi' is not a preset"),
-        ({"gird": 1}, "must have the key grid"),
+        ({"gird": 1}, "gird: no such key; a sweep has grid"),
+        ({"score": 0}, "score: 0 is not valid"),
+        ({"grid": {".method": ["full"], "method": ["udec"]}}, "no such field"),
+        ({"grid": {"data.root": ["$NOT_SET"]}}, "the variable NOT_SET is not set"),
+        ({"preset": "2001-01-01"}, "'2001-01-01' is not a preset"),
         ({"grid": {}}, "must have the key grid, with fields"),
         ({"grid": {5: [1]}}, "grid: 5 is not a field"),
         ({"grid": {"run.dir": ["x", "y"]}}, "run.dir: is not for a sweep's file; give --out"),
@@ -104,6 +108,24 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, more, expec
     with pytest.raises(UserError, match="(?s)") as refused:
         read(sweep_file(tmp_path, **more), tmp_path, ALONE)
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+    assert str(tmp_path / "tiny.yaml") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("grid: {method: [full]}\ngrid: {method: [udec]}", "line 2: 'grid' is there twice"),
+        ("grid: {run.seed: [1e0]}", "run.seed: 1.0 is not valid"),
+        ("grid: {run.seed: [2001-01-01]}", "run.seed: '2001-01-01' is not valid"),
+        ("grid: {run.seed: [1]}\non: push", "on: no such key"),
+        ("grid: {run.seed: [1]}\npreset: !!timestamp 2001-01-01", "preset: datetime.date(2001, 1, 1) is not the name"),
+    ],
+)
+def test_what_yaml_itself_takes_otherwise_is_refused(tmp_path, text, expected):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        read(tmp_path / "grid.yaml", tmp_path, ALONE)
+    assert expected in str(refused.value) and str(tmp_path / "grid.yaml") in str(refused.value)
 
 
 def test_a_few_lines_that_stand_for_gigabytes_are_refused(tmp_path):
