@@ -14,6 +14,9 @@ from slurm_cluster import slurm_cluster  # noqa: F401
 settings.register_profile("fdiff", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fdiff")
 
+# A minute each, and late in the alphabet: started last, they would leave the other workers idle at the end.
+EARLY = ("model/test_capture.py", "report/test_report.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked rare, too: before a release")
@@ -28,8 +31,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is rare, unless all is asked for."""
+    """Leave out what is rare, unless all is asked for; what takes long and comes late starts early."""
     if not config.getoption("--all"):
         rare = [item for item in items if item.get_closest_marker("rare")]
         config.hook.pytest_deselected(items=rare)
         items[:] = [item for item in items if not item.get_closest_marker("rare")]
+    items.sort(key=lambda item: not item.path.as_posix().endswith(EARLY))  # all else stays in order

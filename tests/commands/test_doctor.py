@@ -166,11 +166,10 @@ def test_what_else_keeps_a_job_from_running(flags, reason, tmp_path):
     assert done.status == 1 and reason in done.out and "this job could not run here" in done.out
 
 
-def test_more_ranks_than_clients(request, tmp_path):
-    launcher = LAUNCHERS["torchrun"]
-    words = launcher.words(2, "doctor", "--federation.clients", "1")
-    done = execute(words, tmp_path, env=environment(launcher, request))
-    assert done.status == 1 and "1 clients cannot occupy 2 ranks" in done.out
+def test_more_ranks_than_clients(tmp_path):
+    first, second = on_ranks(2, "doctor", "--federation.clients", "1", cwd=tmp_path)
+    assert (first.status, second.status) == (1, 1)
+    assert "1 clients cannot occupy 2 ranks" in first.out and not second.out
 
 
 def test_an_mpi_that_srun_did_not_start_is_a_world_of_one_and_refused(request, tmp_path):

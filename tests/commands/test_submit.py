@@ -234,7 +234,7 @@ def test_an_array_trains_each_configuration(tmp_path):
         fields = {"method": method, "run": {"dir": method}}
         (tmp_path / "sweep" / f"{method}.yaml").write_text(yaml.safe_dump(fields))
     launch = [sys.executable, ROOT / "launch" / "submit.py"]
-    words = [*launch, *LOCAL, "--array", "sweep", "--wait", *TINY]
+    words = [*launch, *LOCAL, "--array", "sweep", "--wait", *TINY, "--sample.every", "0"]
     done = execute(words, tmp_path, env=clean_env(PYTHONPATH=str(ROOT))).check()
     assert done.out.count("COMPLETED  round 3/3") == 2
     for method in ("full", "udec"):

@@ -41,7 +41,7 @@ def mounting() -> str | None:
 
 
 FAULTS: dict[str, Fault] = {
-    "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 8, 200),
+    "commits": Fault("SIGKILL of rank 0 during a commit", killing.commits, 4, 200),
     "ranks": Fault("SIGKILL of a client rank", killing.ranks, 4, 100),
     "segfaults": Fault("SIGSEGV of a client rank", killing.segfaults, 2, 24),
     "locks": Fault("a rank holds the interpreter's lock for 30 s", killing.locks, 2, 8),

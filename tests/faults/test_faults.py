@@ -21,7 +21,7 @@ from fdiff.checkpoint.file import read_file
 # tests/federation/test_resume.py signal jobs of launchers, and resume them on other numbers of ranks.
 RARE = ("locks", "slurm", "torchrun", "resumes")
 # Cases after those of the short suite: other seeds of faults that it has shown in every kind.
-MORE = {"commits": 12, "ranks": 12, "segfaults": 4, "stopped": 3, "clients": 8, "damage": 16, "resumes": 12}
+MORE = {"commits": 16, "ranks": 12, "segfaults": 4, "stopped": 3, "clients": 8, "damage": 16, "resumes": 12}
 
 
 def inject(name: str, count: int, first: int = 0) -> None:

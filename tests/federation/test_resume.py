@@ -247,14 +247,15 @@ def test_verify_tells_sound_from_damaged(run):
 # --- brought back by its launcher ----------------------------------------------------------------------------------
 
 
-def restarted(folder: Path, *flags: object) -> list[str]:
-    words = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1, "--monitor-interval", 0.1, "-m", "fdiff"]
+def restarted(ranks: int, *flags: object) -> list[str]:
+    words = ["--standalone", "--nproc_per_node", ranks, "--max-restarts", 1, "--monitor-interval", 0.1, "-m", "fdiff"]
     return [str(word) for word in (BIN / "torchrun", *words, "train", *COMMON, "--run.dir", "run", *flags)]
 
 
+@pytest.mark.rare  # below, two agents bring a job back in the same way
 def test_torchrun_brings_back_a_job_whose_rank_was_killed(tmp_path):
     fdiff("train", *COMMON, "--federation.rounds", 15, "--run.dir", "whole", cwd=tmp_path).check()
-    with started(restarted(tmp_path, "--federation.rounds", 15), tmp_path, clean_env()) as job:
+    with started(restarted(2, "--federation.rounds", 15), tmp_path, clean_env()) as job:
         wait_for(lambda: (tmp_path / "run/checkpoints/round-000002").exists(), 120, "two rounds")
         os.kill(trainers(tmp_path, "RANK")["1"], signal.SIGKILL)
         assert job.wait(180) == 0, job.printed
@@ -266,7 +267,7 @@ def test_torchrun_brings_back_a_job_whose_rank_was_killed(tmp_path):
 
 def test_torchrun_does_not_go_on_with_what_another_job_made(tmp_path):
     fdiff("train", *COMMON, "--federation.rounds", 1, "--run.dir", "run", cwd=tmp_path).check()
-    with started(restarted(tmp_path, "--federation.rounds", 2), tmp_path, clean_env()) as job:
+    with started(restarted(1, "--federation.rounds", 2), tmp_path, clean_env()) as job:
         assert job.wait(180) != 0
         assert job.printed.count("'run' exists already") == 2  # at the start, and at the restart
     assert len(rows(tmp_path / "run")) == 1

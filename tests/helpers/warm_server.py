@@ -19,5 +19,6 @@ PROCESSES.set_forkserver_preload(
         "pytest",
         "torch._dynamo",  # which the first step of an optimizer imports
         "torch.utils.tensorboard",
+        "torchvision.utils",  # which the first grid of samples imports
     ]
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -99,23 +100,6 @@ def test_failed_and_cancelled_jobs_are_told_apart(slurm_cluster: Cluster, tmp_pa
     assert wait_for_job(slurm_cluster, job)["JobState"] == "CANCELLED"
 
 
-def test_requeue_by_scontrol_counts_the_restart(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    wrap = "--wrap=echo restart ${SLURM_RESTART_COUNT:-0}; [ -n \"$SLURM_RESTART_COUNT\" ] || sleep 60"
-    job = sbatch(slurm_cluster, "--requeue", "--open-mode=append", "--output=%j.out", wrap, cwd=tmp_path)
-    wait_for_job(slurm_cluster, job, {"RUNNING"})
-    run(slurm_cluster, ["scontrol", "requeue", job])
-    fields = wait_for_job(slurm_cluster, job)
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
-    assert "restart 1\n" in (tmp_path / f"{job}.out").read_text()
-
-
-def test_signal_before_the_time_limit_reaches_every_rank(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    job = sbatch(slurm_cluster, script(tmp_path / "job", ON_USR2), cwd=tmp_path)
-    assert wait_for_job(slurm_cluster, job)["JobState"] == "COMPLETED"
-    printed = (tmp_path / f"{job}.out").read_text()
-    assert "rank 0 got USR2" in printed and "rank 1 got USR2" in printed
-
-
 @pytest.mark.parametrize("template, nodes", [("one_node", {"fdiff1"}), ("multi_node", NODES)])
 def test_template_starts_one_rank_a_task(
     slurm_cluster: Cluster,
@@ -136,28 +120,41 @@ def test_template_starts_one_rank_a_task(
         assert rank["OMP_NUM_THREADS"] == rank["SLURM_CPUS_PER_TASK"]
 
 
-def test_template_keeps_a_given_run_folder_and_resumes(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    path = ROOT / "slurm" / "one_node.sbatch"
-    job = sbatch(slurm_cluster, str(path), "--run.dir=mine", cwd=tmp_path, env=recorder(tmp_path, REQUEUE))
-    assert wait_for_job(slurm_cluster, job)["JobState"] == "COMPLETED"
-    first, second = calls(tmp_path, job), calls(tmp_path, job, restart=1)
-    assert {tuple(rank["args"]) for rank in first} == {("-m", "fdiff", "train", "--run.dir=mine")}
-    assert {tuple(rank["args"]) for rank in second} == {("-m", "fdiff", "train", "--resume", "--run.dir=mine")}
-    assert all(len({rank["MASTER_PORT"] for rank in ranks}) == 1 for ranks in (first, second))
+@dataclass(frozen=True)
+class Submitted:
+    """A job and the folder where it runs."""
+
+    job: str
+    folder: Path
 
 
-def test_template_requeues_a_job_that_was_told_to_stop_a_bounded_number_of_times(
-    slurm_cluster: Cluster, tmp_path: Path
-) -> None:
-    path, env = ROOT / "slurm" / "one_node.sbatch", recorder(tmp_path, "sys.exit(140)") | {"MAX_REQUEUES": "1"}
-    job = sbatch(slurm_cluster, "--ntasks-per-node=2", str(path), cwd=tmp_path, env=env)
-    fields = wait_for_job(slurm_cluster, job)
-    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "1", "140:0")
-    printed = (tmp_path / f"slurm-{job}.out").read_text()
-    assert printed.count("requeues job") == 1 and "not requeued: MAX_REQUEUES=1" in printed
-    assert "--resume" in calls(tmp_path, job, restart=1)[0]["args"]
+@pytest.fixture(scope="module")
+def waiting(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
+    """Jobs that wait most of the time, all at once: one is sent a signal long after its start, and three are requeued,
+    which takes 10 s each."""
+
+    def submit(name: str, *args: str, **env: str) -> Submitted:
+        of_no_test = {"PYTEST_CURRENT_TEST": ""}  # or the first one would be said to have left them behind
+        return Submitted(sbatch(slurm_cluster, *args, cwd=folders[name], env=of_no_test | env), folders[name])
+
+    names = ("signal", "scontrol", "own folder", "bounded")
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "-")) for name in names}
+    one_node = str(ROOT / "slurm" / "one_node.sbatch")
+    wrap = '--wrap=echo restart ${SLURM_RESTART_COUNT:-0}; [ -n "$SLURM_RESTART_COUNT" ] || sleep 60'
+    given = recorder(folders["own folder"], REQUEUE)
+    bounded = recorder(folders["bounded"], "sys.exit(140)") | {"MAX_REQUEUES": "1"}
+    jobs = {
+        "signal": submit("signal", script(folders["signal"] / "job", ON_USR2)),
+        "scontrol": submit("scontrol", "--requeue", "--open-mode=append", "--output=%j.out", wrap),
+        "own folder": submit("own folder", "--ntasks-per-node=2", one_node, "--run.dir=mine", **given),
+        "bounded": submit("bounded", "--ntasks-per-node=2", one_node, **bounded),
+    }
+    wait_for_job(slurm_cluster, jobs["scontrol"].job, {"RUNNING"})
+    run(slurm_cluster, ["scontrol", "requeue", jobs["scontrol"].job])
+    return jobs
 
 
+@pytest.mark.usefixtures("waiting")  # they wait meanwhile
 def test_array_template_covers_methods_and_seeds(slurm_cluster: Cluster, tmp_path: Path) -> None:
     path, env = ROOT / "slurm" / "array.sbatch", recorder(tmp_path)
     array = sbatch(slurm_cluster, str(path), "--preset", "mini", cwd=tmp_path, env=env)
@@ -178,6 +175,40 @@ def test_array_template_refuses_what_it_sets_itself(slurm_cluster: Cluster, tmp_
     fields = wait_for_job(slurm_cluster, f"{array}_0")
     assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
     assert "--method is set by the array" in (tmp_path / f"slurm-{array}_0.out").read_text()
+
+
+def test_requeue_by_scontrol_counts_the_restart(slurm_cluster: Cluster, waiting: dict[str, Submitted]) -> None:
+    job, folder = waiting["scontrol"].job, waiting["scontrol"].folder
+    fields = wait_for_job(slurm_cluster, job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    assert "restart 1\n" in (folder / f"{job}.out").read_text()
+
+
+def test_signal_before_the_time_limit_reaches_every_rank(slurm_cluster: Cluster, waiting: dict[str, Submitted]) -> None:
+    job, folder = waiting["signal"].job, waiting["signal"].folder
+    assert wait_for_job(slurm_cluster, job)["JobState"] == "COMPLETED"
+    printed = (folder / f"{job}.out").read_text()
+    assert "rank 0 got USR2" in printed and "rank 1 got USR2" in printed
+
+
+def test_template_keeps_a_given_run_folder_and_resumes(slurm_cluster: Cluster, waiting: dict[str, Submitted]) -> None:
+    job, folder = waiting["own folder"].job, waiting["own folder"].folder
+    assert wait_for_job(slurm_cluster, job)["JobState"] == "COMPLETED"
+    first, second = calls(folder, job), calls(folder, job, restart=1)
+    assert {tuple(rank["args"]) for rank in first} == {("-m", "fdiff", "train", "--run.dir=mine")}
+    assert {tuple(rank["args"]) for rank in second} == {("-m", "fdiff", "train", "--resume", "--run.dir=mine")}
+    assert all(len({rank["MASTER_PORT"] for rank in ranks}) == 1 for ranks in (first, second))
+
+
+def test_template_requeues_a_job_that_was_told_to_stop_a_bounded_number_of_times(
+    slurm_cluster: Cluster, waiting: dict[str, Submitted]
+) -> None:
+    job, folder = waiting["bounded"].job, waiting["bounded"].folder
+    fields = wait_for_job(slurm_cluster, job)
+    assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "1", "140:0")
+    printed = (folder / f"slurm-{job}.out").read_text()
+    assert printed.count("requeues job") == 1 and "not requeued: MAX_REQUEUES=1" in printed
+    assert "--resume" in calls(folder, job, restart=1)[0]["args"]
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
