@@ -14,18 +14,18 @@ to the two learning rates a round by which they may differ, all others to 1e-5.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import train_in_turn
 from torch import Tensor
 
 from fdiff import config as cfg
 from fdiff import seeds
-from fdiff.comm import Communicator, SoloCommunicator
+from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.data import open_source
 from fdiff.data.partition import partition_indices
@@ -170,19 +170,13 @@ def test_a_federation_is_the_oracles(variant, precision, tmp_path):
     check(config, expected(VARIANTS[variant]))
 
 
-def run_in_turn(configs: list[Config], comm: Communicator) -> None:
-    """On each rank of one job."""
-    for config in configs:
-        run(config, comm, CPU)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_federation_on_several_ranks_is_the_oracles(ranks, tmp_path):
     cases = [(method, "float64") for method in METHODS]
     cases += [("usplit", "float32"), ("udec-half-kept-ema", "float64")]
     configs = [prepare(VARIANTS[v], precision, tmp_path / str(i)) for i, (v, precision) in enumerate(cases)]
-    run_ranks(partial(run_in_turn, configs), ranks, tmp_path, timeout_s=240, patience_s=60)
+    train_in_turn(configs, ranks, tmp_path)
     for (variant, _), config in zip(cases, configs, strict=True):
         check(config, expected(VARIANTS[variant]))
 

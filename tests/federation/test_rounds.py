@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from jobs import TINY, arrays, in_turn, largest_difference, on_ranks, rows
-from ranks import run_ranks
+from jobs import TINY, arrays, fdiff, largest_difference, on_ranks, rows
+from ranks import run_ranks, train_in_turn
 
 from fdiff import checkpoint, federation
 from fdiff import config as cfg
 from fdiff.comm import Communicator, SoloCommunicator
+from fdiff.commands.flags import parse
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError
 from fdiff.federation import federator, record, snapshot
@@ -55,12 +56,15 @@ def jobs_in_float64(tmp_path_factory) -> Path:
 
 
 def train_each_method(kind: str, on: Sequence[int], flags: Sequence[str], folder: Path) -> None:
-    """On so many ranks each."""
+    """On so many ranks each; one alone is a command of its own."""
     for ranks in on:
-        runs = {method: f"{method}-{kind}-{ranks}" for method in METHODS}
-        requests = [["train", *TINY, "--method", method, *flags, "--run.dir", run] for method, run in runs.items()]
-        for rank in sum(in_turn(ranks, requests, folder), []):
-            rank.check()
+        runs = {method: folder / f"{method}-{kind}-{ranks}" for method in METHODS}
+        requests = [["train", *TINY, "--method", method, *flags, f"--run.dir={run}"] for method, run in runs.items()]
+        if ranks > 1:
+            train_in_turn([parse(request).arguments["config"] for request in requests], ranks, folder)
+            continue
+        for request in requests:
+            fdiff(*request, cwd=folder).check()
 
 
 @pytest.mark.parametrize("method", METHODS)

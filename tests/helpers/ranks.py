@@ -7,8 +7,9 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch.distributed as dist
 from forked_jobs import free_port
 from warm_server import PROCESSES
 
+from fdiff import federation
 from fdiff.comm.base import Communicator
 from fdiff.comm.torch_dist import TorchCommunicator, meet_at
+from fdiff.config import Config
 from fdiff.runtime import Rendezvous
 
 
@@ -48,6 +51,16 @@ def run_ranks(
         assert not end.trace, f"rank {rank}:\n{end.trace}"
     assert [end.status for end in ends] == [0] * world_size
     return [end.result for end in ends]
+
+
+def train_in_turn(configs: Sequence[Config], ranks: int, tmp_path: Path) -> None:
+    """Train each configuration on so many ranks, which are started once and not for each."""
+    run_ranks(partial(_train_in_turn, configs), ranks, tmp_path, timeout_s=240, patience_s=60)
+
+
+def _train_in_turn(configs: Sequence[Config], comm: Communicator) -> None:
+    for config in configs:
+        federation.run(config, comm, torch.device("cpu"))
 
 
 def end_ranks(

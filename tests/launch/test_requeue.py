@@ -83,9 +83,19 @@ INTERRUPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Interrupted:
+    """Jobs that were told to stop: by name their ids, their run folders, and the rounds that they will have trained."""
+
+    folder: Path
+    jobs: Mapping[str, str]
+    runs: Mapping[str, Path]
+    rounds: Mapping[str, int]
+
+
 @pytest.fixture(scope="module")
-def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory, request) -> dict[str, Ended]:
-    """Every job, interrupted in its own way once it has trained a little, and waited for."""
+def interrupted(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory, request) -> Interrupted:
+    """Every job, interrupted in its own way once it has trained a little."""
     cluster, folder = slurm_cluster, tmp_path_factory.mktemp("requeue")
     rounds_of_limited = folder / "rounds.yaml"
     rounds_of_limited.write_text(f"federation: {{rounds: {ENDLESS}}}")
@@ -120,13 +130,36 @@ def ended(slurm_cluster: Cluster, uninterrupted: Job, tmp_path_factory, request)
         enough["time limit"] = rounds(runs["time limit"]) + 5
         rounds_of_limited.write_text(f"federation: {{rounds: {enough['time limit']}}}")
         run(cluster, ["scontrol", "update", f"JobId={jobs['time limit']}", "TimeLimit=60"])
-    found = {}
-    for name, job in jobs.items():
-        fields = wait_for_job(cluster, job, timeout_s=PATIENCE_S)
-        logs = [*folder.glob(f"slurm-{job}.out"), *folder.glob(f"runs/submitit/{job}_*_log.out")]
-        printed = "\n".join(log.read_text() for log in logs)
-        found[name] = Ended(fields, runs[name], printed, enough[name])
-    return found
+    return Interrupted(folder, jobs, runs, enough)
+
+
+@pytest.fixture(scope="module")
+def cancelled(slurm_cluster: Cluster, interrupted: Interrupted) -> dict[str, Ended]:
+    """A job by a template and one by `fdiff submit`, cancelled while those that were interrupted wait for Slurm."""
+    cluster, folder, endless = slurm_cluster, interrupted.folder, flags(ENDLESS)
+    by_template = ["--run.dir", "cancelled"]
+    jobs = {"cancelled": template(cluster, folder, "one_node", "--ntasks-per-node=1", flags=[*endless, *by_template])}
+    jobs["cancelled-submitted"] = submit(cluster, folder, *endless, "--run.dir", "cancelled-submitted")
+    for name in jobs:
+        wait_for(lambda name=name: rounds(folder / name) >= 1, PATIENCE_S, "a round")
+    run(cluster, ["scancel", *jobs.values()])
+    return {name: ended_job(cluster, folder, job, folder / name, 0) for name, job in jobs.items()}
+
+
+def ended_job(cluster: Cluster, folder: Path, job: str, run: Path, rounds: int) -> Ended:
+    """Wait for a job."""
+    fields = wait_for_job(cluster, job, timeout_s=PATIENCE_S)
+    logs = [*folder.glob(f"slurm-{job}.out"), *folder.glob(f"runs/submitit/{job}_*_log.out")]
+    return Ended(fields, run, "\n".join(log.read_text() for log in logs), rounds)
+
+
+@pytest.fixture(scope="module")
+def ended(slurm_cluster: Cluster, interrupted: Interrupted, cancelled: dict[str, Ended]) -> dict[str, Ended]:
+    """Every job that was interrupted, waited for."""
+    return {
+        name: ended_job(slurm_cluster, interrupted.folder, job, interrupted.runs[name], interrupted.rounds[name])
+        for name, job in interrupted.jobs.items()
+    }
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -156,18 +189,11 @@ def test_it_ends_with_the_weights_of_an_uninterrupted_run(ended, uninterrupted, 
     assert all(np.array_equal(found[array], expected[array]) for array in expected)
 
 
-def test_a_cancelled_job_stays_cancelled(slurm_cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_stays_cancelled(cancelled):
     """scancel and a preemption both come as SIGTERM."""
-    job = template(slurm_cluster, tmp_path, "one_node", "--ntasks-per-node=1", flags=flags(ENDLESS, "--run.dir", "run"))
-    submitted = submit(slurm_cluster, tmp_path, *flags(ENDLESS, "--run.dir", "submitted"))
-    for name in ("run", "submitted"):
-        wait_for(lambda name=name: rounds(tmp_path / name) >= 1, PATIENCE_S, "a round")
-    run(slurm_cluster, ["scancel", job, submitted])
-    for each in (job, submitted):
-        fields = wait_for_job(slurm_cluster, each)
-        assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
-    printed = (tmp_path / "runs" / "submitit" / f"{submitted}_0_log.out").read_text()
-    assert "fdiff: rank" not in printed  # it was told to end
+    for job in cancelled.values():
+        assert (job.fields["JobState"], job.fields["Restarts"]) == ("CANCELLED", "0")
+    assert "fdiff: rank" not in cancelled["cancelled-submitted"].printed  # it was told to end
 
 
 @pytest.mark.rare  # tests/launch/test_slurm_cluster.py has the bound of the templates, which count alike
