@@ -5,7 +5,7 @@ The four methods of FedDiffuse (arXiv 2406.12575, section 3) differ in this file
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,16 +119,25 @@ def reporting_ranks(reporters: Sequence[int], clients: int, ranks: int) -> tuple
 # --- accounting ----------------------------------------------------------------------------------------------------
 
 
-def communicated_parameters(plan: RoundPlan, sizes: Mapping[str, int], clients: int) -> int:
-    """The round's share of N, in parameters, as the paper counts for a client–server deployment.
+def communicated_parameters(plan: RoundPlan, sizes: Mapping[str, int], new: int) -> int:
+    """The round's share of N, in parameters, as the authors' code counts for a client–server deployment.
 
-    Each client downloads the whole model in its first round and the shared parts in each later one; each reporter
-    uploads what it reports. `sizes` has the parameters of every part.
+    Each selected client downloads the whole model when it is selected for the first time, as `new` of them are, and the
+    shared parts later; each reporter uploads what it reports. `sizes` has the parameters of every part.
     """
     shared = sum(sizes[part] for part in plan.reporters)
-    download = sum(sizes.values()) if plan.round == 1 else shared
-    upload = sum(len(reporters) * sizes[part] for part, reporters in plan.reporters.items())
-    return clients * download + upload
+    download = new * sum(sizes.values()) + (len(plan.selected) - new) * shared
+    return download + sum(len(reporters) * sizes[part] for part, reporters in plan.reporters.items())
+
+
+def count_new(plans: Iterable[RoundPlan]) -> list[int]:
+    """For each plan, from round 1 on, how many of its clients are selected for the first time."""
+    seen: set[int] = set()
+    counts = []
+    for plan in plans:
+        counts.append(len(set(plan.selected) - seen))
+        seen.update(plan.selected)
+    return counts
 
 
 def wire_bytes(plan: RoundPlan, sizes: Mapping[str, int], clients: int, ranks: int, itemsize: int = 4) -> int:

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdiff.config import preset
+from fdiff.config import Config, FederationConfig, preset
 from fdiff.federation.forecast import forecast_run, sizes_of
 from fdiff.model.unet import PARTS
 from fdiff.plan import (
     SHARED_PARTS,
     communicated_parameters,
+    count_new,
     host_of,
     hosted_by,
+    is_first,
     plan_round,
     reporting_ranks,
     wire_bytes,
@@ -111,8 +113,27 @@ def test_savings_are_the_papers(method, saving):
 def test_a_first_round_downloads_the_whole_model():
     plan = plan_round("udec", 3, 1, 0)
     later = plan_round("udec", 3, 2, 0)
+    assert count_new([plan, later]) == [3, 0]
     assert communicated_parameters(plan, SIZES, 3) == 3 * (sum(SIZES.values()) + SIZES["decoder"])
-    assert communicated_parameters(later, SIZES, 3) == 3 * 2 * SIZES["decoder"]
+    assert communicated_parameters(later, SIZES, 0) == 3 * 2 * SIZES["decoder"]
+
+
+@pytest.mark.parametrize("method", SHARED_PARTS)
+def test_with_a_fraction_only_selected_clients_count_and_download_the_model_once(method):
+    """The authors' count: the whole model when a client is first selected, the shared parts whenever it is again."""
+    plans = [plan_round(method, 10, round, 3, 0.3) for round in range(1, 9)]
+    total, shared = sum(SIZES.values()), sum(SIZES[part] for part in SHARED_PARTS[method])
+    seen: set[int] = set()
+    for plan, new in zip(plans, count_new(plans), strict=True):
+        expected = sum(shared if client in seen else total for client in plan.selected)
+        expected += sum(SIZES[part] for part in SHARED_PARTS[method] for _ in plan.reporters[part])
+        assert new == sum(is_first(method, 10, plan.round, 3, 0.3, client) for client in plan.selected)
+        seen.update(plan.selected)
+        assert communicated_parameters(plan, SIZES, new) == expected
+    config = Config(method=method, federation=FederationConfig(clients=10, rounds=8, fraction=0.3))
+    moved = [communicated_parameters(p, sizes_of(config), n) for p, n in zip(plans, count_new(plans), strict=True)]
+    planned = forecast_run(replace(config, run=replace(config.run, seed=3)), 5)
+    assert [row["parameters"] for row in planned["rounds"]] == moved
 
 
 def test_neighbouring_parts_with_the_same_reporters_are_one_segment():

@@ -47,9 +47,10 @@ def run(
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
         runtime: Where and how it runs.
-        images: Images of each model; by default as many as the test split has, at most 10000.
-        extractor: fmnist-cnn (embedded, greyscale; distance fd_fmnist) or inception (distance fid); by default
-            fmnist-cnn for greyscale images, else inception.
+        images: Images of each model; by default as many as the test split has, at most 10000. Fewer than the extractor
+            has features (96 or 2048) are scored with a warning.
+        extractor: fmnist-cnn (embedded, of Fashion-MNIST; distance fd_fmnist) or inception (distance fid); by default
+            fmnist-cnn for Fashion-MNIST, inception for RGB images, else it has to be given.
         weights: File of pytorch-fid's InceptionV3 weights; by default torch hub's cache, else a download.
         metrics: Some of frechet,kid,neighbours,classes; neighbours are precision, recall, density and coverage; by
             default all that can be had.
@@ -57,8 +58,8 @@ def run(
         steps: Steps of ddim; by default what the run used.
         batch_size: Images a sampling step; by default what the run used.
         root: Folder of the data set; by default what the run used.
-        local: Score each client's model as it was before the last average, as the paper did; the run must have been
-            trained with --run.keep_local.
+        local: Score each client's model as it was before the last average, as the paper did with udec and ulatdec; the
+            run must have been trained with --run.keep_local.
         all_rounds: Score every checkpoint that the run has kept, oldest first.
         json: Print one JSON object for each checkpoint instead of a table.
     """

@@ -36,7 +36,9 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     for row in cost["rounds"]:
         reporters = "  ".join(f"{part} {_names(r)}" for part, r in row["reporters"].items())
         print(f"round {row['round']:3}  {row['wire_bytes']:>13,} bytes  reporters: {reporters}")
-    print(f"\n{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
+    sent = "  ".join(f"{purpose} {n:,}" for purpose, n in cost["bytes_by_purpose"].items() if n)
+    print(f"\nbytes on the wire: {sent or 0}")
+    print(f"{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
     if bandwidth:
         print(_time(cost, bandwidth))
     print(_memory(memory_of_rank(config, 0, ranks)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdiff.config import DataConfig
 from fdiff.data.decoding import decode
-from fdiff.data.images import fit, prepare
+from fdiff.data.images import BLOCK, fit, prepare
 from fdiff.errors import UserError
 
 
@@ -67,6 +67,10 @@ class Source(Protocol):
         """The images at `indices` in that order, uint8 (n, C, S, S), on the host; errors as `image`."""
         ...
 
+    def identity(self) -> Iterator[bytes]:
+        """What is other if the images are: all bytes of those in memory; of files the paths, sizes and times."""
+        ...
+
 
 class _Base:
     def __init__(self, split: Split, data: DataConfig) -> None:
@@ -93,6 +97,9 @@ class ArraySource(_Base):
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         return self._images[torch.as_tensor(indices, dtype=torch.int64)]
 
+    def identity(self) -> Iterator[bytes]:
+        return (block.numpy().tobytes() for block in self._images.split(BLOCK))
+
 
 class FileSource(_Base):
     """A `Source` that reads an image's file each time it is asked for it."""
@@ -112,6 +119,11 @@ class FileSource(_Base):
         for row, index in zip(out, indices, strict=True):
             row.copy_(self.image(int(index)))
         return out
+
+    def identity(self) -> Iterator[bytes]:
+        for path in self.paths:
+            state = path.stat()
+            yield f"{path} {state.st_size} {state.st_mtime_ns}\n".encode()
 
 
 def check_labels(source: Source, classes: int) -> None:

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fdiff.config import DataConfig
 from fdiff.errors import UserError
 
 DISTANCES = {"fmnist-cnn": "fd_fmnist", "inception": "fid"}  # extractor: what its Fréchet distance is called
+FEATURES = {"fmnist-cnn": 96, "inception": 2048}  # extractor: how many
 FMNIST_WEIGHTS = Path(__file__).parents[1] / "assets" / "fmnist_cnn.safetensors"
 FMNIST_ARCHITECTURE = "fmnist-cnn/1"  # stored with the weights; raised with every change of FmnistCnn
 FMNIST_SIDE, FMNIST_CLASSES = 28, 10
@@ -204,9 +206,21 @@ def load_extractor(name: str, inception_weights: str | Path | None = None, devic
     raise UserError(f"--extractor: {name!r} is unknown; choose from {', '.join(DISTANCES)}")
 
 
-def default_extractor(channels: int) -> str:
-    """The name of the extractor for images of so many channels, where none is asked for."""
-    return "fmnist-cnn" if channels == 1 else "inception"
+def default_extractor(data: DataConfig) -> str:
+    """The name of the extractor of a data set, where none is asked for; UserError where none suits by itself."""
+    if data.shape[0] == 3:
+        return "inception"
+    if knows_clothes(data):
+        return "fmnist-cnn"
+    raise UserError(
+        f"--extractor: not given, and grey images of {data.dataset} have no usual one; choose inception, or "
+        "fmnist-cnn, which knows clothes only"
+    )
+
+
+def knows_clothes(data: DataConfig) -> bool:
+    """Whether the data are Fashion-MNIST, which fmnist-cnn was trained to tell apart."""
+    return data.dataset in ("embedded", "fashion-mnist")
 
 
 def fmnist_metadata(path: Path = FMNIST_WEIGHTS) -> dict[str, str]:

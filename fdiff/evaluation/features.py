@@ -27,7 +27,6 @@ from fdiff.evaluation.metrics import Moments, label_histogram
 log = logging.getLogger(__name__)
 
 BLOCK = 1024  # images read at once
-PROBES = 64  # images that stand for all in the cache's key where each has to be decoded
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,12 @@ def features_of_source(extractor: Extractor, source: Source, device: torch.devic
 
 
 def _key(extractor: Extractor, source: Source) -> str:
-    """Of extractor, data set, split and shape, and of what the files hold, lest they were replaced.
-
-    Of labels and images in memory that is all; of images that have to be decoded, which is most of the work that the
-    cache saves, only PROBES.
-    """
+    """Of extractor, data set, split and shape, labels, and of what tells whether the images were replaced."""
     facts = [extractor.checksum, source.name, len(source), list(source.shape)]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(np.ascontiguousarray(source.labels).tobytes())
-    count = min(PROBES, len(source)) if source.decodes else len(source)
-    for probes in np.array_split(np.linspace(0, len(source) - 1, count).astype(int), -(-count // BLOCK)):
-        digest.update(source.images(probes).numpy().tobytes())
+    for block in source.identity():
+        digest.update(block)
     return f"{extractor.name}-{digest.hexdigest()[:32]}"
 
 

@@ -42,14 +42,13 @@ class MetricSet:
 
     def check(self, images: int, real: int) -> None:
         """UserError unless so many generated and real images are enough for every metric, before any is drawn."""
-        needed = {"frechet": self.extractor.feature_dim + 1, "kid": 4, "neighbours": DENSITY_COVERAGE_K + 1}
+        needed = {"frechet": 2, "kid": 4, "neighbours": DENSITY_COVERAGE_K + 1}
         for metric in self.metrics:
             least = needed.get(metric, 1)
             for flag, n in (("--images", images), ("data.test_limit", real)):
                 if n < least:
                     raise UserError(
-                        f"{flag}: {n} images are too few for {metric} with {self.extractor.feature_dim} features of "
-                        f"{self.extractor.name}; {least} or more fit, or choose other --metrics"
+                        f"{flag}: {n} images are too few for {metric}; {least} or more fit, or choose other --metrics"
                     )
 
     def scores(

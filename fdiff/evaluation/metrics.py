@@ -66,10 +66,9 @@ class Moments:
         return self.sum / self.n
 
     def cov(self) -> Tensor:
-        """(D, D) float64, unbiased (as numpy.cov); UserError when n <= D, where it has not full rank."""
-        dim = len(self.sum)
-        if self.n <= dim:
-            raise UserError(f"moments: {self.n} images are too few for {dim} features; {dim + 1} or more fit")
+        """(D, D) float64, unbiased (as numpy.cov), of full rank only where n > D; UserError of fewer than 2 images."""
+        if self.n < 2:
+            raise UserError(f"moments: {self.n} images are too few for a covariance; 2 or more fit")
         mean = self.mean()
         return (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 

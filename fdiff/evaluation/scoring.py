@@ -120,7 +120,7 @@ class Scoring:
 
     def _load(self, wanted: ScoringRequest, device: torch.device) -> Extractor:
         """The extractor, on rank 0 first: if it has to be downloaded, one rank does so and the others find it."""
-        name = wanted.extractor or default_extractor(self._config.data.shape[0])
+        name = together(self._comm, lambda: wanted.extractor or default_extractor(self._config.data))
         loaded: Extractor | None = None
         for turn in (self._comm.rank == 0, self._comm.rank != 0):
             load = partial(load_extractor, name, wanted.weights, str(device)) if turn else lambda: None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fdiff.config import Config
-from fdiff.evaluation.extractors import DISTANCES
+from fdiff.evaluation.extractors import DISTANCES, FEATURES, knows_clothes
 from fdiff.evaluation.scoring import summary
 from fdiff.federation import plans, read_jsonl, sizes_of
-from fdiff.plan import communicated_parameters
+from fdiff.plan import communicated_parameters, count_new
 
 WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.27 on iid data, at 0.40 to 1.1 on skewed
 PATIENCE = 2  # scored rounds without a better distance before it counts as no progress
@@ -42,12 +42,31 @@ def scored_as(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def find_warnings(rows: Sequence[dict[str, Any]], config: Config, run_dir: Path | None) -> list[str]:
     """One line for each sign of failure in a checkpoint's rows of scores and in the logs of its run."""
-    found = []
+    found = _without_meaning(rows, config)
     for kind in dict.fromkeys((row["ema"], scored_as(row)) for row in rows):
         found += _spread([row for row in rows if (row["ema"], scored_as(row)) == kind])
     if run_dir is not None:
         found += _no_progress(rows, read_jsonl(run_dir / "scores.jsonl"))
         found += _other_savings(config, read_jsonl(run_dir / "rounds.jsonl"))
+    return found
+
+
+def _without_meaning(rows: Sequence[dict[str, Any]], config: Config) -> list[str]:
+    """What the numbers cannot mean, by the extractor and by the numbers of images."""
+    found = []
+    facts = ("extractor", "n", "n_real")
+    for extractor, n, real in dict.fromkeys(tuple(row[f] for f in facts) for row in rows if row.keys() >= {*facts}):
+        name = DISTANCES.get(extractor)
+        if name and min(n, real) <= FEATURES[extractor] and any(name in row["scores"] for row in rows):
+            found.append(
+                f"{name} of {n} images against {real} real ones is too high, as {extractor} has {FEATURES[extractor]} "
+                "features: compare it with scores of as many images only"
+            )
+        if extractor == "fmnist-cnn" and not knows_clothes(config.data):
+            found.append(
+                f"fmnist-cnn knows clothes only: its scores of {config.data.dataset} order the runs on these images at "
+                "best, and its missing classes are none of theirs"
+            )
     return found
 
 
@@ -92,8 +111,9 @@ def _no_progress(rows: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]]) 
 
 def _other_savings(config: Config, log: Sequence[dict[str, Any]]) -> list[str]:
     """Whether the run communicated what its plan says; a client that was left out makes the difference, say."""
-    sizes, clients = sizes_of(config), config.federation.clients
-    planned = {plan.round: communicated_parameters(plan, sizes, clients) for plan in plans(config)}
+    sizes, rounds = sizes_of(config), plans(config)
+    moved = zip(rounds, count_new(rounds), strict=True)
+    planned = {plan.round: communicated_parameters(plan, sizes, new) for plan, new in moved}
     wrong = [r for r in log if r["communicated_parameters"] != planned.get(r["round"])]
     if not wrong:
         return []

@@ -9,17 +9,27 @@ time are nominal, those of a ring: a library's all-reduce may move otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fdiff.comm import PHASES, loads
+from fdiff.comm import PHASES, Ledger, loads
 from fdiff.config import Config
 from fdiff.federation.client import build_model
+from fdiff.federation.sample_batches import grid_batches
 from fdiff.model import PARTS, layout_of, part_sizes
-from fdiff.plan import SHARED_PARTS, RoundPlan, communicated_parameters, plan_round, reporting_ranks, wire_bytes
+from fdiff.plan import (
+    SHARED_PARTS,
+    RoundPlan,
+    communicated_parameters,
+    count_new,
+    plan_round,
+    reporting_ranks,
+    wire_bytes,
+)
 
 GOODPUT = 1448 / 1538  # of a link: what TCP over IPv4 leaves of an Ethernet frame of 1500 bytes and the gap behind it
 
@@ -46,16 +56,17 @@ def forecast_run(config: Config, ranks: int, bandwidth: float | None = None) -> 
 
     With the bandwidth of a rank's link, in Mbit/s, also the time of the collectives, as `seconds` of each round.
     """
-    sizes, clients = sizes_of(config), config.federation.clients
+    sizes, planned = sizes_of(config), plans(config)
+    by_purpose = [bytes_by_purpose(plan, config, sizes, ranks) for plan in planned]
     rounds = [
         {
             "round": plan.round,
             "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
-            "parameters": communicated_parameters(plan, sizes, clients),
-            "wire_bytes": wire_bytes(plan, sizes, clients, ranks, itemsize(config)),
+            "parameters": communicated_parameters(plan, sizes, new),
+            "wire_bytes": sum(sent.values()),
             **({"seconds": seconds(plan, config, sizes, ranks, bandwidth)} if bandwidth else {}),
         }
-        for plan in plans(config)
+        for plan, new, sent in zip(planned, count_new(planned), by_purpose, strict=True)
     ]
     moved, full = sum(r["parameters"] for r in rounds), _parameters_of_full(config, sizes)
     return {
@@ -64,12 +75,35 @@ def forecast_run(config: Config, ranks: int, bandwidth: float | None = None) -> 
         "communicated_parameters_full": full,
         "saving": 1 - moved / full,
         "wire_bytes": sum(r["wire_bytes"] for r in rounds),
+        "bytes_by_purpose": {purpose: sum(sent[purpose] for sent in by_purpose) for purpose in Ledger.PURPOSES},
         "rounds": rounds,
     }
 
 
+def averages_ema(config: Config, round: int) -> bool:
+    """Whether the moving averages of this round are averaged: where they are sampled or saved."""
+    return bool(config.optim.ema) and (config.samples(round) or config.saves(round))
+
+
+def bytes_by_purpose(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Payload bytes that all ranks together send in a round, for each of the ledger's purposes.
+
+    A round sends no statistics, which are those of `fdiff evaluate`.
+    """
+    parameters = wire_bytes(plan, sizes, config.federation.clients, ranks, itemsize(config))
+    ema = parameters if averages_ema(config, plan.round) else 0
+    pictures = _bytes_of_grid(config, ranks) if config.samples(plan.round) else 0
+    return {"parameters": parameters, "ema": ema, "statistics": 0, "pictures": pictures}
+
+
+def _bytes_of_grid(config: Config, ranks: int) -> int:
+    """Bytes of the images of a sample grid that rank 0 does not draw itself."""
+    sent = sum(batch.last - batch.first for batch in grid_batches(config, ranks) if batch.rank != 0)
+    return sent * math.prod(config.data.shape)
+
+
 def seconds(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int, bandwidth: float) -> float:
-    """Time of a round's collectives if every rank's link has so many Mbit/s."""
+    """Time of a round's sums if every rank's link has so many Mbit/s."""
     clients, elements = config.federation.clients, 0
     segments = [
         (sum(sizes[part] for part in parts), reporting_ranks(reporters, clients, ranks))
@@ -80,7 +114,8 @@ def seconds(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: in
             elements += (len(those) - 1) * size + _busiest([(size, those[-1:])], ranks)
     else:
         elements = _busiest(segments, ranks)
-    return elements * itemsize(config) * 8 / (bandwidth * 1e6 * GOODPUT)
+    sums = 2 if averages_ema(config, plan.round) else 1
+    return sums * elements * itemsize(config) * 8 / (bandwidth * 1e6 * GOODPUT)
 
 
 def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
@@ -96,8 +131,8 @@ def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
 
 
 def _parameters_of_full(config: Config, sizes: Mapping[str, int]) -> int:
-    full = replace(config, method="full")
-    return sum(communicated_parameters(plan, sizes, config.federation.clients) for plan in plans(full))
+    planned = plans(replace(config, method="full"))
+    return sum(communicated_parameters(plan, sizes, new) for plan, new in zip(planned, count_new(planned), strict=True))
 
 
 def methods_table(config: Config, ranks: int) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from fdiff.comm import exchange_json
+from fdiff.config import Config
 from fdiff.errors import RunError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Client, Report
-from fdiff.plan import RoundPlan, communicated_parameters, round_half_up, wire_bytes
+from fdiff.federation.forecast import bytes_by_purpose
+from fdiff.plan import RoundPlan, communicated_parameters, is_first, round_half_up
 
 Row = dict[str, Any]
 
@@ -58,10 +60,11 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
 
     RunError, the same on every rank, if the ranks together sent another number of bytes than the plan says.
     """
-    comm, plan, clients = rank.comm, round.plan, rank.config.federation.clients
+    comm, plan = rank.comm, round.plan
     mine = {"reports": [asdict(r) for r in round.reports], "sent": comm.ledger.take(), "seconds": round.seconds}
     everyone = exchange_json(comm, mine)
-    planned = _check_sent(plan, [each["sent"] for each in everyone], rank)
+    sent = {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES}
+    _check_sent(round, sent, rank)
     rows = [_client_row(plan, report, each["seconds"], rank) for each in everyone for report in each["reports"]]
     count = sum(row["images"] for row in rows)
     metrics = {
@@ -73,9 +76,9 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
         "selected": sorted((*plan.selected, *round.dropped)),
         "dropped": {str(client): why for client, why in round.dropped.items()},
         "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
-        "communicated_parameters": communicated_parameters(plan, rank.sizes, clients),
-        "wire_bytes": planned,
-        "sent_bytes": {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES},
+        "communicated_parameters": communicated_parameters(plan, rank.sizes, _count_new(plan, rank.config)),
+        "wire_bytes": sum(sent.values()),
+        "bytes_by_purpose": sent,
     }
     return metrics, rows
 
@@ -85,16 +88,23 @@ def _total(everyone: list[Row], purpose: str) -> int:
     return round_half_up(sum(each["sent"].get(purpose, 0) for each in everyone))
 
 
-def _check_sent(plan: RoundPlan, sent: list[dict[str, float]], rank: RankSetup) -> int:
-    """The bytes of parameters that the plan foresees; RunError if the ranks together sent another number."""
-    clients, itemsize = rank.config.federation.clients, rank.host.shared.element_size()
-    planned = wire_bytes(plan, rank.sizes, clients, rank.comm.size, itemsize)
-    actual = sum(of_rank.get("parameters", 0) for of_rank in sent)
-    if abs(actual - planned) > 0.5:
-        error = RunError(f"round {plan.round}: {actual:.0f} bytes of parameters were sent, the plan says {planned}")
-        error.agreed = True  # all ranks compare the same numbers
-        raise error
-    return planned
+def _count_new(plan: RoundPlan, config: Config) -> int:
+    """How many of the round's clients are selected for the first time."""
+    fed, seed = config.federation, config.run.seed
+    return sum(is_first(config.method, fed.clients, plan.round, seed, fed.fraction, client) for client in plan.selected)
+
+
+def _check_sent(round: Round, sent: dict[str, int], rank: RankSetup) -> None:
+    """RunError if the ranks together sent other numbers of bytes of parameters and moving averages than planned."""
+    planned = bytes_by_purpose(round.plan, rank.config, rank.sizes, rank.comm.size)
+    for purpose in ("parameters", "ema"):  # a stop gives up the pictures
+        if abs(sent[purpose] - planned[purpose]) > 0.5:
+            error = RunError(
+                f"round {round.plan.round}: {sent[purpose]} bytes of {purpose} were sent, the plan says "
+                f"{planned[purpose]}"
+            )
+            error.agreed = True  # all ranks compare the same numbers
+            raise error
 
 
 def _client_row(plan: RoundPlan, report: Row, seconds: dict[str, float], rank: RankSetup) -> Row:

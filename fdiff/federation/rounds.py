@@ -19,6 +19,7 @@ from fdiff.federation.client import Client
 from fdiff.federation.commits import Commits
 from fdiff.federation.dropped_clients import agree_on_dropped, train_or_undo
 from fdiff.federation.federator import federator_on
+from fdiff.federation.forecast import averages_ema
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
@@ -120,7 +121,7 @@ class Federation:
         number, host = round.plan.round, self.rank.host
         shown = self.config.samples(number)
         with round.timed("evaluate"):
-            if self.config.optim.ema and (shown or self.config.saves(number)):
+            if averages_ema(self.config, number):
                 round.ema = average_ema(self.rank, self.votes, round.plan, host.moving_averages)
             if shown:
                 round.images = self._draw_grid(round)

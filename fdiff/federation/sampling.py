@@ -1,52 +1,25 @@
-"""Sampling over all ranks: whose model draws which images, the same ones for any number of ranks.
-
-The work is cut into batches whose make-up does not follow the ranks: image i of a model starts from the noise of
-seed i, in the same batch, wherever it is drawn.
-"""
+"""Sampling over all ranks: each draws its batches, and rank 0 has the images. See `sample_batches`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fdiff.comm import Communicator, agree, gather
-from fdiff.config import Config, SampleConfig
+from fdiff.config import Config
 from fdiff.errors import one_line
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Trainer
+from fdiff.federation.sample_batches import Batch, batches, grid_batches
 from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
-from fdiff.plan import host_of
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images [first, last) of one model: that of a client, or the global one (None), drawn by a rank."""
-
-    model: int | None
-    first: int
-    last: int
-    rank: int
-
-
-def batches(
-    models: Sequence[int | None], images: int, sample: SampleConfig, rank_of: Callable[[int], int], ranks: int
-) -> list[Batch]:
-    """Cut `images` images of each model into batches; a client's go to its host, the global model's to all in turn."""
-    cut: list[Batch] = []
-    for model in models:
-        for i, first in enumerate(range(0, images, sample.batch_size)):
-            rank = i % ranks if model is None else rank_of(model)
-            cut.append(Batch(model, first, min(first + sample.batch_size, images), rank))
-    return cut
 
 
 def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = iter) -> Tensor:
@@ -129,9 +102,7 @@ def draw_grid(rank: RankSetup, votes: Votes, ema: Tensor | None, progress: Progr
     Every rank calls it and draws its share, with `ema` (n,) from the moving averages. uint8 (m, C, S, S).
     """
     config, comm = rank.config, rank.comm
-    clients = config.federation.clients
-    models: list[int | None] = list(range(clients)) if rank.keeps_private_parts else [None]
-    cut = batches(models, config.sample.images, config.sample, lambda c: host_of(c, clients, comm.size), comm.size)
+    cut = grid_batches(config, comm.size)
     drawn = []
     for batch in (b for b in cut if b.rank == comm.rank):
         with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):

@@ -81,7 +81,7 @@ class Run:
     def facts(self) -> dict[str, str]:
         """The row of this run in the table of runs."""
         fed, cost = self.config.federation, forecast_run(self.config, max(1, len(self.setting.get("ranks", []))))
-        sent = sum(sum(r["sent_bytes"].values()) for r in self.rounds)
+        sent = sum(sum(r.get("bytes_by_purpose", r.get("sent_bytes", {})).values()) for r in self.rounds)
         return {
             "method": self.config.method,
             "partition": self.config.data.partition,

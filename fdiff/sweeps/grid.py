@@ -60,7 +60,7 @@ class Score:
 
     def extractor_of(self, config: Config) -> str:
         """The name of the extractor."""
-        return self.extractor or default_extractor(config.data.channels)
+        return self.extractor or default_extractor(config.data)
 
 
 @dataclass(frozen=True)

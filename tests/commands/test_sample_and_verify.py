@@ -140,6 +140,7 @@ def test_plan_as_json(tmp_path):
     assert round(100 * plan["saving"], 1) == 73.6
     assert plan["communicated_parameters_full"] == 15 * 10 * 2 * 2_996_315
     assert len(plan["rounds"]) == 15 and sum(r["wire_bytes"] for r in plan["rounds"]) == plan["wire_bytes"]
+    assert sum(plan["bytes_by_purpose"].values()) == plan["wire_bytes"] and plan["bytes_by_purpose"]["ema"] == 0
     assert plan["rounds"][0]["reporters"] == {"decoder": list(range(10))}
     assert sum(r["parameters"] for r in plan["rounds"]) == plan["communicated_parameters"]
 

@@ -16,6 +16,7 @@ import torch
 from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
 from progress_bars import recorded
 from ranks import run_ranks
+from small_datasets import folder, save
 
 from fdiff import checkpoint
 from fdiff.checkpoint.file import write_file
@@ -175,7 +176,8 @@ def test_requests_that_cannot_be_met_are_one_line(runs, tmp_path):
     otherwise.mkdir()
     write_file(otherwise / "global.h5", arrays, header)
     cases = [
-        (["udec", "--images", 96], "--images: 96 images are too few for frechet with 96 features"),
+        (["udec", "--images", 1], "--images: 1 images are too few for frechet; 2 or more fit"),
+        (["private"], "--extractor: not given, and grey images of silos have no usual one"),
         (["udec", "--metrics", "fid"], "--metrics: 'fid' is not a metric; choose of frechet,kid,neighbours,classes"),
         (["udec", "--extractor", "inception", "--weights", "none.pth"], "--weights: none.pth is no file"),
         (["udec", "--steps", 2000], "sample.steps: 2000 is not valid"),
@@ -183,7 +185,7 @@ def test_requests_that_cannot_be_met_are_one_line(runs, tmp_path):
         ([moved], "global.h5"),
         ([otherwise], "its parameters are laid out otherwise than here"),
         (["colour", "--extractor", "fmnist-cnn"], "fmnist-cnn takes square images of 1 channels, got 3x8x8"),
-        (["private", "--metrics", "kid"], "--metrics: kid: features of real images stay with their clients"),
+        (["private", "--extractor", "fmnist-cnn", "--metrics", "kid"], "--metrics: kid: features of real images stay"),
     ]
     requests = [["evaluate", *arguments, "--runtime.threads", 1] for arguments, _ in cases]
     for ends, (_, expected) in zip(in_turn(2, requests, runs), cases, strict=True):
@@ -228,7 +230,7 @@ def test_local_models_are_scored_where_they_were_kept(runs, tmp_path):
 @pytest.mark.slow
 def test_private_silos_are_held_against_their_own_test_images(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    request = ["evaluate", "private", "--runtime.threads", 1, "--json"]
+    request = ["evaluate", "private", "--extractor", "fmnist-cnn", "--runtime.threads", 1, "--json"]
     alone, both = (json.loads(in_turn(ranks, [request], runs)[0][0].check().out) for ranks in (1, 2))
     assert both["n_real"] == IMAGES and both["split"] == "test split of each client"
     assert [set(row) for row in both["scores"]] == [
@@ -237,7 +239,7 @@ def test_private_silos_are_held_against_their_own_test_images(runs, monkeypatch,
     for one, other in zip(alone["scores"], both["scores"], strict=True):
         assert other == {name: pytest.approx(v, rel=1e-6) if type(v) is float else v for name, v in one.items()}
     # The same images in one data set: the silos' moments and counts add up to theirs.
-    config = replace(open_checkpoint(runs / "private").config.data, partition="iid", root=None)
+    config = replace(open_checkpoint(runs / "private").config.data, dataset="embedded", partition="iid", root=None)
     whole = features_of_source(load_extractor("fmnist-cnn"), open_source(config, "test"), CPU, None).statistics()
     parts = [h5py.File(runs / f"site-{c}.h5")["test_images"][()] for c in range(2)]
     seen = ImageFeatures.of(load_extractor("fmnist-cnn"), torch.from_numpy(np.concatenate(parts))[:, None]).statistics()
@@ -248,12 +250,13 @@ def test_private_silos_are_held_against_their_own_test_images(runs, monkeypatch,
 def test_a_moving_average_travels_only_where_it_is_saved_and_changes_no_account(runs):
     """Two ranks, rounds 2 and 3 are saved, none is sampled."""
     sparse, plain = rows(runs / "sparse"), rows(runs / "plain")
-    sent = [row["sent_bytes"]["ema"] for row in sparse]
+    sent = [row["bytes_by_purpose"]["ema"] for row in sparse]
     assert sent[0] == 0 and sent[1] == sent[2] > 0
-    assert all(row["sent_bytes"]["ema"] == 0 for row in plain)
-    for name in ("wire_bytes", "communicated_parameters"):
-        assert [row[name] for row in sparse] == [row[name] for row in plain]
-    assert [r["sent_bytes"]["parameters"] for r in sparse] == [r["sent_bytes"]["parameters"] for r in plain]
+    assert all(row["bytes_by_purpose"]["ema"] == 0 for row in plain)
+    assert [row["wire_bytes"] for row in sparse] == [b["wire_bytes"] + n for b, n in zip(plain, sent, strict=True)]
+    for name in ("parameters", "statistics", "pictures"):
+        assert len({row["bytes_by_purpose"][name] for row in [*sparse, *plain]}) == 1
+    assert [row["communicated_parameters"] for row in sparse] == [row["communicated_parameters"] for row in plain]
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ def test_a_moving_average_travels_only_where_it_is_saved_and_changes_no_account(
 def test_a_bar_shows_images_per_second_on_rank_0(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     bars = recorded(monkeypatch)
-    flags = {"images": 100, "metrics": "frechet", "batch_size": 64}
+    flags = {"images": 100, "metrics": "frechet", "batch_size": 64, "extractor": "fmnist-cnn"}
     monkeypatch.chdir(runs)
     command.run(Path("private"), RuntimeConfig(threads=1), SoloCommunicator(), CPU, **flags)
     (bar,) = bars
@@ -290,7 +293,8 @@ def test_real_features_come_from_the_cache_until_the_images_change(tmp_path, mon
         altered, labels = images.copy(), np.arange(200) % 10
         altered[101, 0, 4, 4] ^= pixel
         labels[101] += label
-        return features_of_source(extractor, ArraySource(Split(name, altered, labels), side, 1), CPU, tmp_path)
+        data = DataConfig(image_side=side, channels=1)
+        return features_of_source(extractor, ArraySource(Split(name, altered, labels), data), CPU, tmp_path)
 
     anew, again = see(), see()
     assert looked_at == [200]  # once
@@ -302,6 +306,21 @@ def test_real_features_come_from_the_cache_until_the_images_change(tmp_path, mon
     for file in tmp_path.iterdir():
         file.write_bytes(b"damaged")
     assert torch.equal(see().features, anew.features) and looked_at == [200] * 6
+
+
+def test_a_file_that_was_replaced_is_looked_at_again(tmp_path):
+    """Whichever it is, and whatever its size: by its time."""
+    extractor, data = load_extractor("fmnist-cnn"), folder(tmp_path / "images", channels=1)
+    for i in range(100):
+        save(tmp_path / "images" / "train" / f"{i:02d}.png", np.full((8, 8), i, np.uint8))
+
+    def see() -> torch.Tensor:
+        return features_of_source(extractor, open_source(data, "train"), CPU, tmp_path / "cache").features
+
+    before = see()
+    assert torch.equal(see(), before) and len(list((tmp_path / "cache").iterdir())) == 1
+    save(tmp_path / "images" / "train" / "37.png", np.full((8, 8), 200, np.uint8))
+    assert (see() != before).any(dim=1).nonzero().flatten().tolist() == [37]
 
 
 def test_a_tally_of_no_image_changes_nothing():

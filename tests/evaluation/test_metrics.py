@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,11 +86,16 @@ def test_the_frechet_distance_is_a_distance(seed: int, dim: int, shift: float, s
     assert moments_distance(a, b) > 0
 
 
-def test_too_few_images_for_the_moments_rank_are_refused() -> None:
-    few, enough = Moments.of(normal(8, 8, 1)), Moments.of(normal(9, 8, 2))
-    assert moments_distance(enough, enough) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match="8 images are too few for 8 features; 9 or more fit"):
-        moments_distance(enough, few)
+def test_few_images_have_a_distance_and_one_has_none() -> None:
+    """A covariance of less than full rank, as scipy's matrix root has it."""
+    few, enough = normal(5, 8, 1), normal(9, 8, 2)
+    assert moments_distance(Moments.of(few), Moments.of(few)) == pytest.approx(0, abs=1e-9)
+    a, b = (np.cov(x.double().numpy(), rowvar=False) for x in (few, enough))
+    shift = (few.double().mean(0) - enough.double().mean(0)).square().sum().item()
+    expected = shift + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert moments_distance(Moments.of(few), Moments.of(enough)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="1 images are too few for a covariance"):
+        moments_distance(Moments.of(normal(1, 8, 1)), Moments.of(enough))
     with pytest.raises(UserError, match="no image"):
         Moments.zeros(8).mean()
     with pytest.raises(UserError, match="1 \\+ D \\+ D\\*D"):

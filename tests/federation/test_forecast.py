@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from fdiff.config import preset
+from fdiff.config import OptimConfig, RunConfig, SampleConfig, preset
 from fdiff.federation.forecast import GOODPUT, forecast_run, seconds, sizes_of
 from fdiff.plan import SHARED_PARTS, plan_round
 
 
 def config_of(method: str, clients: int, reduction: str = "fast"):
     config = replace(preset(f"fmnist-k{clients}"), method=method)
-    return replace(config, runtime=replace(config.runtime, reduction=reduction))
+    runtime = replace(config.runtime, reduction=reduction)
+    return replace(config, runtime=runtime, sample=replace(config.sample, every=0))
 
 
 def test_full_takes_two_phases_of_all_but_the_own_share():
@@ -56,3 +57,13 @@ def test_the_sums_of_usplit_at_once_take_less_than_one_after_the_other(clients):
 def test_a_thousand_ranks():
     cost = forecast_run(config_of("udec", 1024), 1024, 10_000)
     assert cost["rounds"][0]["seconds"] == pytest.approx(2 * 716_297 * 4 * 8 / (1e10 * GOODPUT), rel=0.01)
+
+
+def test_moving_averages_and_pictures_are_planned_where_they_are_sampled_or_saved():
+    config = replace(preset("mini"), sample=SampleConfig(every=4), run=RunConfig(checkpoint_every=3))
+    plain = replace(config, optim=OptimConfig(), sample=SampleConfig(every=0))
+    planned, without = forecast_run(config, 2), forecast_run(plain, 2)
+    extra = [a["wire_bytes"] - b["wire_bytes"] for a, b in zip(planned["rounds"], without["rounds"], strict=True)]
+    decoder, grid = without["rounds"][0]["wire_bytes"], 16 * 16 * 16
+    saved, sampled = {3, 6, 9, 12, 14}, {4, 8, 12, 14}
+    assert extra == [decoder * (r in saved | sampled) + grid * (r in sampled) for r in range(1, 15)]

@@ -19,9 +19,11 @@ from fdiff import checkpoint, federation
 from fdiff import config as cfg
 from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.commands.flags import parse
+from fdiff.config import from_dict
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError
 from fdiff.federation import federator, record, snapshot
+from fdiff.federation.forecast import forecast_run
 from fdiff.federation.rounds import Federation
 from fdiff.model.unet import PARTS
 from fdiff.plan import SHARED_PARTS, plan_round
@@ -129,8 +131,13 @@ def test_the_log_holds_every_round_and_client(jobs):
         plan = plan_round("usplit", 4, row["round"], 0)
         reported = sum(_sizes(run)[part] for part in PARTS if row["client"] in plan.reporters[part])
         assert row["parameters_sent"] == reported and row["bytes_sent"] == 4 * reported
-    assert all(row["sent_bytes"]["parameters"] == row["wire_bytes"] > 0 for row in rows(run))
-    assert all(row["sent_bytes"]["parameters"] == row["wire_bytes"] == 0 for row in rows(jobs / "usplit-ordered-1"))
+    for name, ranks in (("usplit-fast-2", 2), ("usplit-ordered-1", 1)):  # all that was sent is what was planned
+        planned = forecast_run(from_dict(yaml.safe_load((jobs / name / "config.yaml").read_text())), ranks)
+        log = rows(jobs / name)
+        assert [row["wire_bytes"] for row in log] == [row["wire_bytes"] for row in planned["rounds"]]
+        by_purpose = {p: sum(row["bytes_by_purpose"][p] for row in log) for p in planned["bytes_by_purpose"]}
+        assert by_purpose == planned["bytes_by_purpose"] and sum(by_purpose.values()) == planned["wire_bytes"]
+        assert (ranks == 2) == (by_purpose["parameters"] > 0) == (by_purpose["pictures"] > 0)
     assert list((run / "tensorboard").glob("events.*"))
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == "usplit"
 
@@ -223,7 +230,7 @@ def test_a_rank_that_fails_before_the_last_commit_is_heard_on_all(tmp_path, monk
 
 def a_ledger_that_differs(comm: Communicator) -> str:
     config = replace(INSIDE, run=cfg.RunConfig(dir=f"{Path.cwd()}/differs"))
-    record.wire_bytes = lambda *_: 17
+    record.bytes_by_purpose = lambda *_: {"parameters": 17, "ema": 0}
     with pytest.raises(RunError) as error:
         federation.run(config, comm, torch.device("cpu"))
     assert error.value.agreed  # or every rank would say it

@@ -381,8 +381,8 @@ def test_a_signal_stops_the_scoring_and_keeps_what_is_scored(swept, monkeypatch)
 @pytest.mark.parametrize(
     ("score", "fields", "expected"),
     [
-        ({"images": 20}, {}, "--images: 20 images are too few for frechet"),
-        ({"images": 100}, {"data": {**TINY["data"], "test_limit": 50}}, "data.test_limit: 50 images are too few"),
+        ({"images": 1}, {}, "--images: 1 images are too few for frechet"),
+        ({"images": 100}, {"data": {**TINY["data"], "test_limit": 1}}, "data.test_limit: 1 images are too few"),
         ({"images": 100, "extractor": "fmnist-cnn"}, {"data": {**TINY["data"], "channels": 3}}, "1 channel"),
     ],
 )
