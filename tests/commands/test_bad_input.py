@@ -40,7 +40,7 @@ def write_inputs(folder: Path) -> None:
 CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "method": ("--method fedavg", ("method", "'fedavg'", "full, usplit, ulatdec, udec"), 2),
     "partition": ("--data.partition dirichlet", ("data.partition", "iid, label-skew, quantity-skew, private"), 2),
-    "preset": ("--preset imagenet", ("--preset", "'imagenet'", "fmnist, celeba or mini"), 2),
+    "preset": ("--preset imagenet", ("--preset", "'imagenet'", "fmnist, celeba, cifar10, folder or mini"), 2),
     "flag": ("--federation.client 3", ("--federation.client",), 2),
     "type": ("--federation.clients many", ("federation.clients", "'many'", "int"), 2),
     "no clients": ("--federation.clients 0", ("federation.clients: 0", "between 1 and 100000"), 2),

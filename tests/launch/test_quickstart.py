@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="needs the checkout's .venv: bash tests/run.sh makes it")
 def test_the_quickstart_trains_and_says_where_everything_is(tmp_path):
-    short = ["--federation.rounds", 2, "--data.limit", 256, "--run.dir", tmp_path / "run"]
+    short = ["--federation.rounds", 2, "--data.limit", 512, "--run.dir", tmp_path / "run"]
     done = execute(["bash", ROOT / "launch" / "quickstart.sh", *short], tmp_path, env=clean_env()).check()
     assert f"run folder   {tmp_path / 'run'}" in done.out
     grid = tmp_path / "run" / "samples" / "round-000002.png"

@@ -52,7 +52,7 @@ if restart == "0":
     time.sleep(60)
 """
 ON_USR2 = """#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR2@55 --output=%j.out
+#SBATCH --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR2@35 --output=%j.out
 exec srun bash -c 'trap "echo rank $SLURM_PROCID got USR2; exit 0" USR2; for _ in {1..590}; do sleep 0.1; done; exit 1'
 """
 
