@@ -1,4 +1,4 @@
-"""One HDF5 file of arrays and a JSON header, which is either exactly what was written or not read at all.
+"""One HDF5 file of finite arrays and a JSON header, which is either exactly what was written or not read at all.
 
 Every dataset carries the BLAKE3 of its bytes, every file a manifest of its datasets, whose own BLAKE3 is the file's
 digest. No pickle, no compression, no object types: plain numbers and bytes that any HDF5 tool opens. The format is
@@ -169,7 +169,7 @@ def _put(file: h5py.File, name: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def read_file(path: Path, digest: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the header of a file, every checksum verified; Damaged names what does not fit.
+    """The arrays and the header of a file, every checksum verified; Damaged names what does not fit or is not finite.
 
     With `digest` the file must be that very one.
     """
@@ -268,9 +268,11 @@ def _plain_links(group: h5py.Group) -> list[str]:
 
 def _header(file: h5py.File, manifest: Mapping[str, Any]) -> dict[str, Any]:
     header = _parse(file, _dataset(file, "header", manifest["header"]))
-    if header.get("version") != VERSION:
+    version = header.get("version")
+    if type(version) is not int or version != VERSION:  # JSON's 2.0 would be equal
         raise Damaged(
-            f"{file.filename}: has layout version {header.get('version')!r}; this fdiff reads version {VERSION}"
+            f"{file.filename}: has layout version {version!r}, this fdiff reads version {VERSION}; use the fdiff that "
+            "made it"
         )
     return header
 
@@ -281,7 +283,14 @@ def _dataset(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> 
     recorded, array = _recorded(dataset), np.asarray(dataset[()])
     if checksum(array) != recorded or (expected is not None and expected["blake3"] != recorded):
         raise Damaged(f"{file.filename}: the checksum of {name} does not match its bytes; {_ADVICE}")
+    if not _is_finite(array):
+        raise Damaged(f"{file.filename}: {name} holds values that are not finite (NaN or infinity); {_ADVICE}")
     return array
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite: both ends tell, and take no memory."""
+    return array.size == 0 or bool(np.isfinite([array.min(), array.max()]).all())
 
 
 def _claimed(file: h5py.File, name: str, expected: Mapping[str, Any] | None) -> h5py.Dataset:

@@ -122,23 +122,18 @@ def _as_object(saved: Saved, rows: list[Row], found: list[str]) -> dict[str, Any
 
 def _table(saved: Saved, rows: list[Row]) -> str:
     names = [name for name in rows[0]["scores"] if name not in HIDDEN]
-    before = ", before the average" if rows[0]["local"] else ""
-    lines = [
-        f"{saved.path}: round {saved.round}{before}",
-        described(rows[0]),
-        "",
-        _line("model", [NAMES.get(name, name) for name in names]),
-    ]
+    cells = [["model", *(NAMES.get(name, name) for name in names)]]
     for ema, of_kind in _kinds(rows):
         average = ", average" if ema else ""
         for row in of_kind:
             model = "global" if row["client"] is None else f"client {row['client']}"
-            lines.append(_line(model + average, [_cell(row["scores"][name]) for name in names]))
+            cells.append([model + average, *(_cell(row["scores"][name]) for name in names)])
         if len(of_kind) > 1:
             found = summaries(of_kind)
             for fact, title in SUMMARY.items():
-                lines.append(_line(title, [_cell(found[n][fact]) if n in found else "" for n in names]))
-    return "\n".join(lines)
+                cells.append([title, *(_cell(found[n][fact]) if n in found else "" for n in names)])
+    before = ", before the average" if rows[0]["local"] else ""
+    return "\n".join([f"{saved.path}: round {saved.round}{before}", described(rows[0]), "", *_aligned(cells)])
 
 
 def _kinds(rows: list[Row]) -> list[tuple[bool, list[Row]]]:
@@ -147,8 +142,13 @@ def _kinds(rows: list[Row]) -> list[tuple[bool, list[Row]]]:
     return [(ema, of_kind) for ema, of_kind in kinds if of_kind]
 
 
-def _line(title: str, cells: list[str]) -> str:
-    return (f"{title:18}" + "".join(f"{cell:>12}" for cell in cells)).rstrip()
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """A line for each row of cells: columns as wide as their widest cell, two spaces apart."""
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [
+        "  ".join([row[0].ljust(first), *(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))]).rstrip()
+        for row in cells
+    ]
 
 
 def _cell(value: Any) -> str:

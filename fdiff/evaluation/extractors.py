@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import pickle
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fdiff.config import DataConfig
-from fdiff.errors import UserError
+from fdiff.errors import UserError, first_line
 
 DISTANCES = {"fmnist-cnn": "fd_fmnist", "inception": "fid"}  # extractor: what its Fréchet distance is called
 FEATURES = {"fmnist-cnn": 96, "inception": 2048}  # extractor: how many
@@ -259,8 +259,13 @@ def _inception_extractor(path: Path, device: str) -> Extractor:
     network = InceptionFeatures()
     try:
         network.network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"--weights: {path} holds no pytorch-fid InceptionV3; give {INCEPTION_FILE}") from None
+        # What torch converts to float32 without a word is another network, and NaN gives every image the same score.
+        loaded = network.network.state_dict().items()
+        fits = all(state[n].dtype == t.dtype and t.isfinite().all() for n, t in loaded if n in state)
+    except Exception:  # values of any kind make torch's own code fail in any way
+        fits = False
+    if not fits:
+        raise UserError(f"--weights: {path} holds no pytorch-fid InceptionV3 of finite float32; give {INCEPTION_FILE}")
     return Extractor(
         name="inception",
         metric_name=DISTANCES["inception"],
@@ -293,24 +298,23 @@ def _download_inception() -> Path:
         )
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong hash
         raise UserError(
-            f"--extractor: inception's weights could not be downloaded ({_first_line(error)}): put "
+            f"--extractor: inception's weights could not be downloaded ({first_line(error)}): put "
             f"{INCEPTION_FILE} at {target}, name it by --weights, "
             f"or score greyscale images by --extractor fmnist-cnn"
         ) from None
     return target
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    """What a weights file holds, no pickle run; UserError whatever its bytes make the readers raise."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"--weights: {path} cannot be read as weights ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        with warnings.catch_warnings(action="ignore"):  # they would not name the file
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}".split(". ")[0]  # torch goes on with how to run a pickle
+        raise UserError(f"--weights: {path} cannot be read as weights ({reason}); give {INCEPTION_FILE}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -87,6 +87,8 @@ def load_model(path: Path) -> tuple[UNet, Config]:
     if {name: shape for name, (shape, _) in found.items()} != expected or dtypes not in ({"F32"}, {"F64"}):
         raise UserError(f"{path}: its weights are not those of the model that it describes; export it again")
     model, weights = build_model(config), load_file(path)
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"{path}: its weights are not finite (NaN or infinity); export another checkpoint")
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, strict=False)  # buffers are constants, and not in the file
     return model, config

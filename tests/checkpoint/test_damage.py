@@ -79,10 +79,24 @@ def put_json(file: h5py.File, name: str, value) -> str:
     return checksum(data)
 
 
-def other_version(file: h5py.File, manifest: dict) -> None:
-    header = {**HEADER, "version": 99}
-    digest = put_json(file, "header", header)
-    manifest["header"] |= {"blake3": digest, "shape": [len(json.dumps(header).encode())]}
+def version(number):
+    def change(file: h5py.File, manifest: dict) -> None:
+        header = {**HEADER, "version": number}
+        digest = put_json(file, "header", header)
+        manifest["header"] |= {"blake3": digest, "shape": [len(json.dumps(header).encode())]}
+
+    return change
+
+
+def not_finite(name: str, value: float):
+    def change(file: h5py.File, manifest: dict) -> None:
+        array = file[name][()]
+        array[-1] = value
+        file[name][...] = array
+        file[name].attrs["blake3"] = np.bytes_(checksum(array))
+        manifest[name]["blake3"] = checksum(array)
+
+    return change
 
 
 def external_link(file: h5py.File) -> None:
@@ -175,7 +189,11 @@ DAMAGE = {
     "references": (replace_dataset("step", shape=(1,), dtype=h5py.ref_dtype), "not a dataset of plain numbers"),
     "compound": (replace_dataset("step", shape=(1,), dtype=[("a", "f4")]), "not a dataset of plain numbers"),
     "group for dataset": (edit(lambda f: (f.__delitem__("step"), f.create_group("step/x"))), "only in"),
-    "other version": (forge(other_version), "has layout version 99; this fdiff reads version 2"),
+    "other version": (forge(version(99)), "has layout version 99, this fdiff reads version 2; use the fdiff that"),
+    "no whole version": (forge(version(2.0)), "has layout version 2.0, this fdiff reads version 2"),
+    "NaN": (forge(not_finite("parts/encoder", np.nan)), "parts/encoder holds values that are not finite"),
+    "infinity": (forge(not_finite("parts/encoder", np.inf)), "parts/encoder holds values that are not finite"),
+    "minus infinity": (forge(not_finite("parts/decoder", -np.inf)), "parts/decoder holds values that are not finite"),
     "external link": (edit(external_link), "encoder is a link to another place"),
     "soft link": (edit(soft_link), "encoder is a link to another place"),
     "external storage": (edit(external_storage), "not stored in one piece"),

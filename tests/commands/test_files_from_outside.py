@@ -197,6 +197,12 @@ def test_weights_of_other_types_are_refused(tmp_path):
         load_model(exported(tmp_path, halves))
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = {n: p.detach() / 0 for n, p in build_model(SMALL).named_parameters()}
+    with pytest.raises(UserError, match="its weights are not finite .NaN or infinity.; export another checkpoint"):
+        load_model(exported(tmp_path, weights))
+
+
 class Saved:
     """What `export.save_model` needs of a checkpoint."""
 

@@ -338,6 +338,18 @@ def row(round: int, client: int | None, distance: float, ema: bool = False) -> d
     return {"round": round, "client": client, "ema": ema, "local": False, "n": 500, "scores": {"fd_fmnist": distance}}
 
 
+def test_columns_of_the_table_never_run_together():
+    """All ten classes missing, a large distance, many clients: each column is as wide as its widest cell."""
+    scores = {"fd_fmnist": 123456789.25, "recall": 0.892, "missing_classes": list(range(10))}
+    facts = {"n": 9, "sampler": "ddim", "steps": 4, "n_real": 9, "split": "s", "extractor": "e", "checksum": "c"}
+    models = [row(1, client, 1.0) | facts | {"local": False, "scores": scores} for client in (0, 1234)]
+    models += [row(1, 0, 1.0, ema=True) | {"scores": scores | {"missing_classes": []}}]
+    lines = command._table(SimpleNamespace(path="run", round=1), models).splitlines()[3:]
+    assert lines[0].split() == ["model", "fd_fmnist", "recall", "missing"]
+    assert lines[2] == "client 1234        123456789.2500  0.8920  0,1,2,3,4,5,6,7,8,9"
+    assert lines[-1] == "client 0, average  123456789.2500  0.8920                 none"
+
+
 def test_clients_far_apart_are_reported():
     assert find_warnings([row(1, c, d) for c, d in enumerate([10, 12, 11])], Config(), None) == []
     (found,) = find_warnings([row(1, c, d) for c, d in enumerate([10, 12, 200])], Config(), None)
