@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -250,6 +251,7 @@ GROUPS: dict[str, type] = {
 PATHS = ("data.root", "run.dir")  # fields in which a person may write ~ and $NAME: see `config_file`
 
 MANY = 1_000_000  # of anything that a run does one after the other
+SMALLEST = 2.0**-126  # that float32 holds to its full precision
 
 
 def _between(low: int, high: int) -> tuple[Any, str]:
@@ -285,7 +287,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "model.head_dim": _between(1, 1024),
     "model.classes": (lambda v: 0 <= v <= 100_000, "0 (unconditional) or the number of classes, at most 100000"),
     "diffusion.timesteps": _between(2, 100_000),
-    "diffusion.beta_start": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "diffusion.beta_start": (lambda v: 1e-12 <= v < 1, "in [1e-12, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
     "optim.lr": (lambda v: v > 0, "greater than 0"),
     "optim.batch_size": _between(1, 10_000_000),
@@ -356,6 +358,7 @@ def _check_relations(config: Config) -> None:
             f"diffusion.beta_start: {diffusion.beta_start} is not valid; it must be at most diffusion.beta_end = "
             f"{diffusion.beta_end}"
         )
+    _check_schedule(diffusion)
     if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:
         raise UserError(
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
@@ -370,6 +373,18 @@ def _check_relations(config: Config) -> None:
         raise UserError(
             f"data.root: {data.root!r} is not valid with data.partition private; it must be a path with {{client}} "
             "in it, e.g. /data/site-{client} or /data/site-{client}.h5"
+        )
+
+
+def _check_schedule(diffusion: DiffusionConfig) -> None:
+    """UserError if so little of an image is left at the last timestep that the sampler's 1/√ᾱ_T is no number."""
+    first, last, steps = diffusion.beta_start, diffusion.beta_end, diffusion.timesteps
+    left = math.prod(1 - first - (last - first) * t / (steps - 1) for t in range(steps))
+    if left < SMALLEST:
+        raise UserError(
+            f"diffusion.timesteps: {steps} is not valid with diffusion.beta_start = {first} and diffusion.beta_end = "
+            f"{last}; ᾱ_T would be {left:.2g}, less than float32 holds ({SMALLEST:.2g}); use fewer timesteps or a "
+            "smaller diffusion.beta_end"
         )
 
 

@@ -41,7 +41,7 @@ def _measure(config: Config, sampler: str, trainer: Trainer, baseline: Baseline,
         return islice(all_steps, steps)
 
     def ours() -> None:
-        drawn = sampling.draw(trainer, config, mine, first)
+        drawn = sampling.draw(trainer, config, mine, 0, first)
         sampling.gather_images(comm, cut, [drawn], sampling.empty_images(config, trainer.device))
 
     actions = {"ours": ours, "baseline": lambda: baseline.call("sample", images, times, steps, sampler == "ddpm")}

@@ -48,8 +48,9 @@ def run(
     saved = open_together(comm, checkpoint)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
+    client = 0 if client is None and private_parts(config) else client
     trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))
-    drawn = sampling.draw_all(comm, trainer, config, images)
+    drawn = sampling.draw_all(comm, trainer, config, images, client, saved.round)
     on_rank_0(comm, lambda: save_images(drawn, out))
     if comm.rank == 0:
         print(f"{images} images of round {saved.round}: {out}")
@@ -62,7 +63,6 @@ def _check_images(images: int) -> None:
 
 def _trainer_with(saved: Saved, config: Config, device: torch.device, client: int | None, ema: bool | None) -> Trainer:
     """A trainer with the parameters that are asked for; UserError if the checkpoint has no such model."""
-    client = 0 if client is None and private_parts(config) else client
     ema = saved.has_ema if ema is None else ema
     check_choice(saved, client, ema)
     trainer = Trainer(config, device)

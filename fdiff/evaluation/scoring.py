@@ -150,7 +150,7 @@ class Scoring:
             return []
         trainer = self._trainer = self._trainer or Trainer(self._config, self._device)
         trainer.buckets.flat.copy_(_parameters(saved, own[0].model, ema, local))
-        images = (sampling.draw(trainer, self._config, batch, progress_of(batch)) for batch in own)
+        images = (sampling.draw(trainer, self._config, batch, saved.round, progress_of(batch)) for batch in own)
         return [ImageFeatures.of(self._metrics.extractor, of_batch) for of_batch in images]
 
     def _score_one(self, cut: list[sampling.Batch], seen: list[ImageFeatures]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fdiff.model import PARTS, Buckets, UNet, capture, diffusion
 from fdiff.plan import is_first
 
 DRAWINGS_KEPT = 2  # of whole batches, and of a last, short one
+REMEDY = "not a finite number; use a smaller optim.lr"
 
 
 @dataclass
@@ -119,8 +120,8 @@ class Trainer:
         """Train all parameters for E epochs, after `prepare`; `tick` is called after each step.
 
         The shuffling and the noise derive from (seed, client, round). RunError if a loss is not finite; it names the
-        step, counted from 1 in the round; and if the last step left parameters that are not. The device is not waited
-        for inside an epoch.
+        step, counted from 1 in the round; and if what the last step left is not, or gives the last batch a loss that
+        is not. The device is not waited for inside an epoch.
         """
         started = time.perf_counter()
         shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
@@ -134,8 +135,8 @@ class Trainer:
                 sizes.append(len(images))
                 tick()
             epochs.append(_mean_loss(torch.stack(losses), sizes, epoch * len(losses)))
-        if not self.buckets.flat.isfinite().all():
-            raise RunError("the parameters are not finite numbers after the last step")
+        if diverged := self._find_diverged(images, labels):
+            raise RunError(f"after the last step {diverged} is {REMEDY}")
         images_seen = len(client.shard) * len(epochs)
         return Report(client.index, tuple(epochs), images_seen, time.perf_counter() - started)
 
@@ -164,11 +165,15 @@ class Trainer:
         return self._graph.replay().clone()
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.descend(*self._noised(images), labels)
+
+    def _noised(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 (b, C, S, S) of uint8 images, and the next timesteps (b,) and noise (b, C, S, S) of the client's round."""
         x0 = normalise(images, self.dtype)
         t = torch.randint(self.schedule.timesteps, (len(x0),), generator=self._noise, device=self.device)
         # Drawn in float32 whatever the precision, so that a float64 run sees the same noise.
         epsilon = torch.randn(x0.shape, generator=self._noise, device=self.device).to(self.dtype)
-        return self.descend(x0, t, epsilon, labels)
+        return x0, t, epsilon
 
     def descend(self, x0: Tensor, t: Tensor, epsilon: Tensor, labels: Tensor) -> Tensor:
         """One step of Adam with these timesteps (b,) and this noise (b, C, S, S); the loss, still on the device."""
@@ -182,6 +187,19 @@ class Trainer:
         if self.config.optim.ema:
             self.working["ema"].lerp_(self.buckets.flat, 1 - self.config.optim.ema)
         return loss.detach()
+
+    @torch.no_grad()
+    def _find_diverged(self, images: Tensor, labels: Tensor) -> str | None:
+        """What is not finite after a client's last step: its state, or the loss of that step's batch; None if all is.
+
+        No step of the round would see it otherwise. The host waits for the device once.
+        """
+        with self.autocast():
+            loss = diffusion.loss(self.model, self.schedule, *self._noised(images), self.labels(labels))
+        left = {"the loss": loss, "a parameter": self.buckets.flat}
+        left |= {f"a value of {name}": tensor for name, tensor in self.working.items()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in left.values()]).cpu().tolist()
+        return next((what for what, good in zip(left, finite, strict=True) if not good), None)
 
     def drawing(self, config: Config, count: int) -> diffusion.Drawing:
         """What draws batches of so many images from the model, whatever its parameters; kept for the next batch.
@@ -228,6 +246,6 @@ def _mean_loss(losses: Tensor, sizes: list[int], steps_before: int) -> float:
     finite = on_host.isfinite()
     if not finite.all():
         step = int(finite.int().argmin())
-        raise RunError(f"step {steps_before + step + 1}: the loss is {on_host[step].item()}, not a finite number")
+        raise RunError(f"step {steps_before + step + 1}: the loss is {on_host[step].item()}, {REMEDY}")
     weights = torch.tensor(sizes, dtype=torch.float64)
     return float((on_host.double() * weights).sum() / weights.sum())

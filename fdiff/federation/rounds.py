@@ -212,7 +212,7 @@ class Federation:
     def _draw_grid(self, round: Round) -> torch.Tensor | None:
         """This rank's share of the grid. A stop gives up the grid and not the round, which is complete without it."""
         try:
-            return draw_grid(self.rank, self.votes, round.ema, self._until_stopped)
+            return draw_grid(self.rank, self.votes, round.plan.round, round.ema, self._until_stopped)
         except Interrupted:
             log.warning("round %d: told to stop, so there is no sample grid", round.plan.round)
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from tqdm import tqdm
 
 from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config
-from fdiff.errors import one_line
+from fdiff.errors import RunError, one_line
 from fdiff.federation.assemble import RankSetup
-from fdiff.federation.client import Trainer
+from fdiff.federation.client import REMEDY, Trainer
 from fdiff.federation.sample_batches import Batch, batches, grid_batches
 from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
@@ -22,10 +23,11 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
-def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = iter) -> Tensor:
+def draw(trainer: Trainer, config: Config, batch: Batch, round: int, progress: Progress = iter) -> Tensor:
     """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device.
 
-    `progress` wraps the iteration over the sampling steps.
+    `progress` wraps the iteration over the sampling steps. RunError, which names the batch's model and its `round`, if
+    an image is not finite: as uint8 it would be black, and be scored like any other.
     """
     model = trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
@@ -36,6 +38,9 @@ def draw(trainer: Trainer, config: Config, batch: Batch, progress: Progress = it
             x = trainer.drawing(config, len(indices)).draw(indices, labels, progress)
     finally:
         model.train()
+    if not x.isfinite().all():
+        whose = "the global model" if batch.model is None else f"client {batch.model}"
+        raise RunError(f"{whose}, round {round}: a drawn image is {REMEDY}, or an earlier round")
     return diffusion.to_uint8(x)
 
 
@@ -96,7 +101,7 @@ def empty_images(config: Config, device: torch.device) -> Tensor:
     return torch.empty((0, *data.shape), dtype=torch.uint8, device=device)
 
 
-def draw_grid(rank: RankSetup, votes: Votes, ema: Tensor | None, progress: Progress) -> Tensor | None:
+def draw_grid(rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, progress: Progress) -> Tensor | None:
     """On rank 0 a round's sample grid, of the global model, or a row of each client where it keeps private parts.
 
     Every rank calls it and draws its share, with `ema` (n,) from the moving averages. uint8 (m, C, S, S).
@@ -106,19 +111,25 @@ def draw_grid(rank: RankSetup, votes: Votes, ema: Tensor | None, progress: Progr
     drawn = []
     for batch in (b for b in cut if b.rank == comm.rank):
         with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):
-            drawn.append(draw(rank.host.trainer, config, batch, progress))
+            drawn.append(draw(rank.host.trainer, config, batch, round, progress))
     votes.vote()
     return gather_images(comm, cut, drawn, empty_images(config, rank.host.trainer.device))
 
 
-def draw_all(comm: Communicator, trainer: Trainer, config: Config, images: int) -> Tensor | None:
-    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them."""
-    cut = batches([None], images, config.sample, lambda _: 0, comm.size)
+def draw_all(
+    comm: Communicator, trainer: Trainer, config: Config, images: int, client: int | None, round: int
+) -> Tensor | None:
+    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them.
+
+    An error names the model's client, or the global model (None), and its round.
+    """
+    in_turn = batches([None], images, config.sample, lambda _: 0, comm.size)
+    cut = [replace(batch, model=client) for batch in in_turn]
     mine = [b for b in cut if b.rank == comm.rank]
     drawn, error = [], None
     try:
         with progress_bar(comm, mine, "sampling") as progress_of:
-            drawn = [draw(trainer, config, batch, progress_of(batch)) for batch in mine]
+            drawn = [draw(trainer, config, batch, round, progress_of(batch)) for batch in mine]
     except Exception as failure:
         error = one_line(failure, "sampling")
     agree(comm, error)

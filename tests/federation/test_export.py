@@ -51,7 +51,7 @@ def test_an_exported_model_gives_the_same_samples(runs, run, file, client, ema):
     config = replace(saved.config, sample=SAMPLE)
     trainer = Trainer(config, torch.device("cpu"))
     trainer.buckets.flat.copy_(saved.parameters(client, ema))
-    expected = sampling.draw(trainer, config, sampling.Batch(client, 0, 5, 0))
+    expected = sampling.draw(trainer, config, sampling.Batch(client, 0, 5, 0), 2)
 
     model, found = load_model(runs / file)
     assert found == saved.config

@@ -54,8 +54,9 @@ MAY_WAIT = {
     "evaluation.scoring.__init__": "the real features come to the host, once",
     "evaluation.scoring._draw": "a checkpoint's model goes to the device",
     "federation.client._mean_loss": "an epoch's losses come to the host",
-    "federation.client.train": "are the parameters finite, once a round",
+    "federation.client._find_diverged": "is what the last step left finite, once a round",
     "federation.host._host_copy": "what the clients begin with, once a run",
+    "federation.sampling.draw": "are a batch's images finite",
     "federation.host.parameters": "a client's private parts come back for its grid",
     "federation.host.shared_range": "a moving average comes back",
     "federation.snapshot._complete_copies": "a checkpoint's copies are complete",
@@ -135,7 +136,7 @@ def epoch(images: int, monkeypatch: pytest.MonkeyPatch, plant: Plant = lambda *_
 
 def test_an_epoch_waits_as_often_whatever_its_length(monkeypatch):
     assert epoch(7, monkeypatch) == epoch(3, monkeypatch)
-    assert epoch(3, monkeypatch).total() == 3  # its order, its losses, are the parameters finite
+    assert epoch(3, monkeypatch).total() == 3  # its order, its losses, is what it left finite
 
 
 def test_clients_change_places_without_a_wait(monkeypatch):
