@@ -39,6 +39,8 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     sent = "  ".join(f"{purpose} {n:,}" for purpose, n in cost["bytes_by_purpose"].items() if n)
     print(f"\nbytes on the wire: {sent or 0}")
     print(f"{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
+    if config.federation.fraction < 1:
+        print("N counts the selected clients only; the bytes count every rank, as each sum reaches all")
     if bandwidth:
         print(_time(cost, bandwidth))
     print(_memory(memory_of_rank(config, 0, ranks)))

@@ -51,7 +51,7 @@ def trained(lr: float, **fields: object) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("lr", [1e30, 1e38])
+@pytest.mark.parametrize("lr", [1e20, 1e30])
 def test_a_divergence_in_the_last_step_is_seen(lr: float) -> None:
     """Its own loss was still finite, and so are the weights."""
     with pytest.raises(RunError, match="after the last step .* is not a finite number; use a smaller optim.lr"):
