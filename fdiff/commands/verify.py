@@ -11,7 +11,7 @@ import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
 from fdiff.errors import RunError, UserError
-from fdiff.federation import find_gaps, find_problems
+from fdiff.federation import find_gaps, find_problems, log_problem
 
 
 def run(checkpoint: Path) -> None:
@@ -21,7 +21,7 @@ def run(checkpoint: Path) -> None:
         checkpoint: Folder of a checkpoint, or of a run: then all its checkpoints and its logs.
     """
     wrong = [line for path in folders(checkpoint) for line in report(path)]
-    wrong += find_gaps(checkpoint)
+    wrong += [*find_gaps(checkpoint), *filter(None, [log_problem(checkpoint, "scores")])]
     for line in wrong:
         print(f"damaged  {line}")
     if wrong:

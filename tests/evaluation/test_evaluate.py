@@ -16,6 +16,7 @@ import torch
 from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
 from progress_bars import recorded
 from ranks import run_ranks
+from run_folders import round_row, score_row, write_rows
 
 from fdiff import checkpoint
 from fdiff.checkpoint.file import write_file
@@ -316,7 +317,7 @@ def test_a_tally_of_no_image_changes_nothing():
 
 
 def row(round: int, client: int | None, distance: float, ema: bool = False) -> dict[str, Any]:
-    return {"round": round, "client": client, "ema": ema, "local": False, "n": 500, "scores": {"fd_fmnist": distance}}
+    return score_row(round, client, ema=ema, scores={"fd_fmnist": distance})
 
 
 def test_columns_of_the_table_never_run_together():
@@ -336,6 +337,8 @@ def test_clients_far_apart_are_reported():
     (found,) = find_warnings([row(1, c, d) for c, d in enumerate([10, 12, 200])], Config(), None)
     assert "client 2 at 200.0" in found and "\n" not in found
     assert find_warnings([row(1, None, 10)], Config(), None) == []
+    of_kid = {**row(1, 0, 0), "scores": {"kid": 0.5}}  # a scoring with other --metrics, stopped after one client
+    assert find_warnings([of_kid, row(1, 1, 10)], Config(), None) == []
 
 
 @pytest.mark.parametrize(
@@ -370,20 +373,22 @@ def test_every_score_is_summarised_and_its_worst_client_follows_its_direction():
 def test_scores_that_stopped_improving_are_reported(tmp_path, distances, stalled):
     log = [row(r + 1, None, d) for r, d in enumerate(distances)]
     log += [row(1, None, 0.1, ema=True)]  # scored otherwise: does not compare
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    write_rows(tmp_path / "scores.jsonl", log)
     found = find_warnings([log[len(distances) - 1]], Config(), tmp_path)
     assert [f for f in found if "stopped improving" in f] == found
     assert bool(found) == stalled
 
 
 def test_savings_that_differ_from_the_plan_are_reported(tmp_path):
+    """Also where an older checkpoint's configuration has fewer rounds than the log: the run was given more later."""
     config = from_dict({"method": "full", "federation": {"clients": 2}, "model": {"dim": 8, "dim_mults": [1]}})
     planned = forecast_run(config, 2)["rounds"]
-    log = [{"round": r["round"], "communicated_parameters": r["parameters"]} for r in planned[:3]]
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    log = [round_row(r["round"], communicated_parameters=r["parameters"]) for r in planned[:3]]
+    write_rows(tmp_path / "rounds.jsonl", log)
     assert find_warnings([], config, tmp_path) == []
+    assert find_warnings([], replace(config, federation=replace(config.federation, rounds=2)), tmp_path) == []
     log[1]["communicated_parameters"] -= 7
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    write_rows(tmp_path / "rounds.jsonl", log)
     (found,) = find_warnings([], config, tmp_path)
     assert "1 of 3 rounds, first in round 2" in found
 
