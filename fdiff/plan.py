@@ -130,8 +130,13 @@ def communicated_parameters(plan: RoundPlan, sizes: Mapping[str, int], new: int)
     return download + sum(len(reporters) * sizes[part] for part, reporters in plan.reporters.items())
 
 
+def new_clients(plan: RoundPlan, method: str, clients: int, seed: int, fraction: float) -> int:
+    """How many of a round's clients are selected for the first time; other arguments as those of `plan_round`."""
+    return sum(is_first(method, clients, plan.round, seed, fraction, client) for client in plan.selected)
+
+
 def count_new(plans: Iterable[RoundPlan]) -> list[int]:
-    """For each plan, from round 1 on, how many of its clients are selected for the first time."""
+    """`new_clients` of the plans of all rounds, from the first one on."""
     seen: set[int] = set()
     counts = []
     for plan in plans:

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from fdiff.errors import UserError
+from fdiff.errors import UserError, one_line
 from fdiff.federation import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 def run(runs: list[Path], *, out: Path | None = None) -> None:
     """Make a report.
 
+    A run whose files are not as fdiff writes them is refused, with one line that says why; the others are shown.
+
     Args:
         runs: Run folders; several stand side by side.
-        out: The HTML file to write; by default report.html in the first run's folder.
+        out: The HTML file to write; by default report.html in the folder of the first run that is shown.
     """
     try:
         from fdiff.report import read_run, render  # slow to import, and only wanted here
     except ImportError as error:
         raise UserError(f"fdiff report: {error.name} is not installed; pip install 'fdiff[report]'") from None
 
-    page = render([read_run(folder) for folder in runs])
-    target = out or runs[0] / "report.html"
+    sound, refused = [], []
+    for folder in {folder.resolve(): folder for folder in runs}.values():
+        try:
+            sound.append(read_run(folder))
+        except UserError as error:
+            refused.append(error)
+    if sound:
+        _write(out or sound[0].folder / "report.html", render(sound))
+    for error in refused[:-1]:
+        log.error("fdiff: error: %s", one_line(error))
+    if refused:
+        raise refused[-1]
+
+
+def _write(target: Path, page: str) -> None:
     try:
         write_atomically(target, page)
     except OSError as error:
         raise UserError(f"--out: {target} cannot be written ({error.strerror}); give another file") from None
-    print(target)
+    print(target, flush=True)

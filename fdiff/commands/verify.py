@@ -11,7 +11,7 @@ import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
 from fdiff.errors import RunError, UserError, one_line
-from fdiff.federation import find_gaps, find_problems
+from fdiff.federation import find_gaps, find_problems, log_problem
 
 
 def run(checkpoint: Path) -> None:
@@ -22,7 +22,7 @@ def run(checkpoint: Path) -> None:
     """
     try:
         wrong = [line for path in folders(checkpoint) for line in report(path)]
-        wrong += find_gaps(checkpoint)
+        wrong += [*find_gaps(checkpoint), *filter(None, [log_problem(checkpoint, "scores")])]
     except OSError as error:
         raise RunError(str(one_line(error))) from None
     for line in wrong:

@@ -12,8 +12,8 @@ from typing import Any
 from fdiff.config import Config
 from fdiff.evaluation.extractors import DISTANCES, FEATURES, knows_clothes
 from fdiff.evaluation.scoring import summary
-from fdiff.federation import plans, read_jsonl, sizes_of
-from fdiff.plan import communicated_parameters, count_new
+from fdiff.federation import read_log, sizes_of
+from fdiff.plan import communicated_parameters, new_clients, plan_round
 
 WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.27 on iid data, at 0.40 to 1.1 on skewed
 PATIENCE = 2  # scored rounds without a better distance before it counts as no progress
@@ -46,8 +46,8 @@ def find_warnings(rows: Sequence[dict[str, Any]], config: Config, run_dir: Path 
     for kind in dict.fromkeys((row["ema"], scored_as(row)) for row in rows):
         found += _spread([row for row in rows if (row["ema"], scored_as(row)) == kind])
     if run_dir is not None:
-        found += _no_progress(rows, read_jsonl(run_dir / "scores.jsonl"))
-        found += _other_savings(config, read_jsonl(run_dir / "rounds.jsonl"))
+        found += _no_progress(rows, read_log(run_dir, "scores"))
+        found += _other_savings(config, read_log(run_dir, "rounds"))
     return found
 
 
@@ -71,17 +71,22 @@ def _without_meaning(rows: Sequence[dict[str, Any]], config: Config) -> list[str
 
 
 def mean_distance(rows: Sequence[dict[str, Any]]) -> float:
-    """The mean over the models of one round of their Fréchet distance."""
-    name = distance_name(rows[0])
-    assert name is not None
-    return float(summary(list(rows), name)["mean"])
+    """The mean over the models of one round of their Fréchet distance, of those for which it was taken."""
+    name, having = _distances(rows)
+    return float(summary(having, name)["mean"])
+
+
+def _distances(rows: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the Fréchet distance that was taken, and the rows that have it: a later scoring may lack it."""
+    name = next(filter(None, map(distance_name, rows)), "")
+    return name, [row for row in rows if name in row["scores"]]
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[str]:
-    name = distance_name(rows[0])
-    if name is None or len(rows) < 2:
+    name, having = _distances(rows)
+    if len(having) < 2:
         return []
-    facts = summary(rows, name)
+    facts = summary(having, name)
     share = facts["deviation"] / facts["mean"] if facts["mean"] else 0.0
     if share <= WIDE_SPREAD:
         return []
@@ -110,17 +115,24 @@ def _no_progress(rows: Sequence[dict[str, Any]], log: Sequence[dict[str, Any]]) 
 
 
 def _other_savings(config: Config, log: Sequence[dict[str, Any]]) -> list[str]:
-    """Whether the run communicated what its plan says; a client that was left out makes the difference, say."""
-    sizes, rounds = sizes_of(config), plans(config)
-    moved = zip(rounds, count_new(rounds), strict=True)
-    planned = {plan.round: communicated_parameters(plan, sizes, new) for plan, new in moved}
-    wrong = [r for r in log if r["communicated_parameters"] != planned.get(r["round"])]
+    """Whether the run communicated what its plan says; a client that was left out makes the difference, say.
+
+    Held against the plan are all rounds of the log: a run that was given more of them later has some that the
+    configuration in an older checkpoint does not count.
+    """
+    sizes, fed, seed = sizes_of(config), config.federation, config.run.seed
+    planned = {}
+    for number in (r["round"] for r in log):
+        plan = plan_round(config.method, fed.clients, number, seed, fed.fraction)
+        new = new_clients(plan, config.method, fed.clients, seed, fed.fraction)
+        planned[number] = communicated_parameters(plan, sizes, new)
+    wrong = [r for r in log if r["communicated_parameters"] != planned[r["round"]]]
     if not wrong:
         return []
     first = wrong[0]
     return [
         f"savings differ from the plan in {len(wrong)} of {len(log)} rounds, first in round {first['round']}: "
-        f"{first['communicated_parameters']:,} parameters, planned {planned.get(first['round'], 0):,}"
+        f"{first['communicated_parameters']:,} parameters, planned {planned[first['round']]:,}"
     ]
 
 

@@ -11,9 +11,10 @@ from fdiff.federation.client import Client, Report, Trainer, build_model
 from fdiff.federation.export import check_choice, load_model, save_model
 from fdiff.federation.federator import Federator
 from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plans, seconds, sizes_of
-from fdiff.federation.logs import append_jsonl, find_gaps, read_jsonl, write_atomically
+from fdiff.federation.logs import append_jsonl, read_regular, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
 from fdiff.federation.rounds import Federation, run
+from fdiff.federation.run_files import find_gaps, log_problem, read_config, read_log, read_setting
 from fdiff.federation.saved import Saved, open_checkpoint, open_together
 from fdiff.federation.snapshot import MAY_CHANGE, newest_sound
 from fdiff.federation.training_images import infer_image_shape, open_data

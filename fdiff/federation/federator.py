@@ -33,9 +33,10 @@ from fdiff import __version__, checkpoint
 from fdiff.config import Config
 from fdiff.config_file import as_yaml
 from fdiff.data import save_grid
-from fdiff.errors import UserError, one_line
+from fdiff.errors import UserError
 from fdiff.federation import logs
 from fdiff.federation.logs import Row
+from fdiff.federation.run_files import read_setting
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +61,11 @@ class Federator:
 
         If the folder does not say so in a way that can be read, it is somebody else's, and `open` refuses it.
         """
-        file = self.dir / "setting.json"
-        if job is None or not file.exists():
-            return False
         try:
-            setting = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            log.warning("%s cannot be read (%s), so nobody knows which job made this run", file, one_line(error))
+            return job is not None and read_setting(self.dir).get("job") == job
+        except UserError as error:
+            log.warning("nobody knows which job made this run: %s", error)
             return False
-        return isinstance(setting, dict) and setting.get("job") == job
 
     def open(self, resume: bool) -> None:
         """Make the run folder; UserError if it is there and is not to be resumed, or is no run, or cannot be written.

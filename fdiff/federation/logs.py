@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections import Counter
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from fdiff import checkpoint
 from fdiff.errors import UserError
 
 LOGS = ("rounds", "clients")  # a line per round, and a line per round and client
+MAX_BYTES = 2**30  # of a file that is read whole: more than the logs of a thousand clients over a thousand rounds
 Row = dict[str, Any]
 
 
@@ -32,42 +33,17 @@ def read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def read_what_is_sound(path: Path) -> list[Row]:
-    """The rows of a log up to the first line that is none, if there is one."""
-    return _parse(path)[0]
-
-
-def find_gaps(run_dir: Path) -> list[str]:
-    """A line for each log of rounds that is not whole: a line is no row, or a round is missing or there twice."""
-    found = []
-    for name in LOGS:
-        path = run_dir / f"{name}.jsonl"
-        rows, problem = _parse(path)
-        keys = [(row.get("round"), row.get("client")) for row in rows]
-        rounds = sorted({number for number, _ in keys if type(number) is int})
-        if not problem and len(set(keys)) < len(keys):
-            number = next(key for key, times in Counter(keys).items() if times > 1)[0]
-            problem = f"{path}: has round {number} twice{_remedy(path)}"
-        if not problem and rounds != list(range(1, len(rounds) + 1)):
-            missing = next(n for n in range(1, len(rounds) + 1) if n not in rounds)
-            problem = f"{path}: lacks round {missing}{_remedy(path)}"
-        found += [problem] if problem else []
-    return found
-
-
 def _parse(path: Path) -> tuple[list[Row], str]:
     """The rows up to the first line that is none, and what is wrong with that one; "" if all is well."""
     try:
-        *lines, rest = path.read_bytes().split(b"\n")
+        *lines, rest = read_regular(path).split(b"\n")
     except FileNotFoundError:
         return [], ""
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); put it right or remove it") from None
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is None:
-            return rows, f"{path}: line {number} is no row of a log{_remedy(path)}"
+            return rows, f"{path}: line {number} is no row of a log{remedy(path)}"
         rows.append(row)
     last = _row(rest)
     return [*rows, last] if last is not None else rows, ""
@@ -81,10 +57,26 @@ def _row(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and type(row.get("round")) is int else None
 
 
-def _remedy(path: Path) -> str:
+def remedy(path: Path) -> str:
+    """What to do about a file of a run that is not as it should be, to end a message with."""
     if path.stem in LOGS:
         return f"; fdiff train --resume --run.dir {path.parent} makes it whole again"
-    return "; remove that line"
+    return "; remove that line" if path.suffix == ".jsonl" else "; remove that file"
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file; FileNotFoundError if there is none, UserError if it is of another kind, or vast."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"{path}: is not a regular file; remove it")
+        if status.st_size > MAX_BYTES:
+            raise UserError(f"{path}: has {status.st_size} bytes, and at most {MAX_BYTES} are read; remove it")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); put it right or remove it") from None
 
 
 def append_jsonl(path: Path, rows: Iterable[Row], sync: bool = True) -> None:

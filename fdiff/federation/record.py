@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from fdiff.comm import exchange_json
-from fdiff.config import Config
 from fdiff.errors import RunError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Client, Report
 from fdiff.federation.forecast import bytes_by_purpose
-from fdiff.plan import RoundPlan, communicated_parameters, is_first, round_half_up
+from fdiff.plan import RoundPlan, communicated_parameters, new_clients, round_half_up
 
 Row = dict[str, Any]
 
@@ -63,6 +62,8 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
     comm, plan = rank.comm, round.plan
     mine = {"reports": [asdict(r) for r in round.reports], "sent": comm.ledger.take(), "seconds": round.seconds}
     everyone = exchange_json(comm, mine)
+    config, fed = rank.config, rank.config.federation
+    new = new_clients(plan, config.method, fed.clients, config.run.seed, fed.fraction)
     sent = {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES}
     _check_sent(round, sent, rank)
     rows = [_client_row(plan, report, each["seconds"], rank) for each in everyone for report in each["reports"]]
@@ -76,7 +77,7 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
         "selected": sorted((*plan.selected, *round.dropped)),
         "dropped": {str(client): why for client, why in round.dropped.items()},
         "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
-        "communicated_parameters": communicated_parameters(plan, rank.sizes, _count_new(plan, rank.config)),
+        "communicated_parameters": communicated_parameters(plan, rank.sizes, new),
         "wire_bytes": sum(sent.values()),
         "bytes_by_purpose": sent,
     }
@@ -86,12 +87,6 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
 def _total(everyone: list[Row], purpose: str) -> int:
     """Bytes that all ranks together sent for a purpose."""
     return round_half_up(sum(each["sent"].get(purpose, 0) for each in everyone))
-
-
-def _count_new(plan: RoundPlan, config: Config) -> int:
-    """How many of the round's clients are selected for the first time."""
-    fed, seed = config.federation, config.run.seed
-    return sum(is_first(config.method, fed.clients, plan.round, seed, fed.fraction, client) for client in plan.selected)
 
 
 def _check_sent(round: Round, sent: dict[str, int], rank: RankSetup) -> None:

@@ -5,21 +5,29 @@ Black in a figure becomes `currentColor`, nothing has a background: one drawing 
 
 from __future__ import annotations
 
+import colorsys
+import html
 import io
 import itertools
 import re
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = ("#3b82c4", "#e0803a", "#3d9e6f", "#b65fbf", "#c9a227", "#d3546b", "#4aa8b8", "#8a7cc9")
+LINE = 0.17  # inches, of text in a legend or beside a bar
 STYLE = {
+    "text.parse_math": False,  # a run's name may have dollars
     "svg.fonttype": "none",
     "svg.hashsalt": "fdiff",
     "font.family": "sans-serif",
@@ -48,24 +56,32 @@ class Curve:
     average: Points = ()
     clients: Sequence[Points] = ()
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.raw or self.average or self.clients)
+
 
 @mpl.rc_context(STYLE)
 def curves(runs: Mapping[str, Curve], ylabel: str) -> str:
-    """Lines over rounds: a colour for each run."""
-    figure, axes = _figure(5.0, 3.3)
-    for i, (name, curve) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
+    """Lines over rounds: a colour for each run, which it has in all drawings of these runs, empty curves among them."""
+    figure, axes = _figure(5.0, 3.0)
+    shown = {name: (curve, _colour(i)) for i, (name, curve) in enumerate(runs.items()) if curve}
+    for curve, colour in shown.values():
         for faint in curve.clients:
             axes.plot(*_columns(faint), color=colour, linewidth=0.8, alpha=0.45)
         for points, style in ((curve.raw, "-"), (curve.average, "--")):
             marker = "o" if len(points) < 40 else ""
             axes.plot(*_columns(points), style, color=colour, linewidth=2, marker=marker, markersize=4)
-        axes.plot([], [], color=colour, linewidth=2, label=name)
     axes.set(xlabel="round", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
-        _legend_above(axes)
+        _legend_above(axes, {name: Line2D([], [], color=colour, linewidth=2) for name, (_, colour) in shown.items()})
     return _svg(figure, f"{ylabel} by round")
+
+
+def _colour(i: int) -> str | tuple[float, float, float]:
+    """The colour of the i-th run: of few a chosen one, of more another hue each."""
+    return COLOURS[i] if i < len(COLOURS) else colorsys.hls_to_rgb(i * 0.618 % 1, 0.5, 0.5)
 
 
 @mpl.rc_context(STYLE)
@@ -103,17 +119,19 @@ def bars(values: Mapping[str, float], xlabel: str, highlight: str, note: Mapping
 
 @mpl.rc_context(STYLE)
 def stacked(parts: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
-    """A horizontal bar for each name, cut into its parts."""
-    figure, axes = _figure(5.0, 1.3 + 0.42 * len(parts))
+    """A horizontal bar for each name, cut into its parts; long names take several lines."""
+    names = [_folded(name, 22) for name in parts]
+    lines = max(name.count("\n") for name in names)
+    figure, axes = _figure(5.0, 1.0 + (0.42 + LINE * lines) * len(parts))
     phases = list(dict.fromkeys(itertools.chain.from_iterable(parts.values())))
-    left = np.zeros(len(parts))
+    left, drawn = np.zeros(len(parts)), {}
     for i, phase in enumerate(phases):
         widths = np.array([of_run.get(phase, 0.0) for of_run in parts.values()])
-        axes.barh(list(parts), widths, left=left, color=COLOURS[i % len(COLOURS)], height=0.62, label=phase)
+        drawn[phase] = axes.barh(range(len(parts)), widths, left=left, color=_colour(i), height=0.62)
         left += widths
-    axes.set(xlabel=xlabel)
+    axes.set(xlabel=xlabel, yticks=range(len(parts)), yticklabels=names)
     axes.invert_yaxis()
-    _legend_above(axes)
+    _legend_above(axes, drawn)
     return _svg(figure, xlabel)
 
 
@@ -127,16 +145,28 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _legend_above(axes: Axes) -> None:
-    names = axes.get_legend_handles_labels()[1]
+def _folded(name: str, width: int) -> str:
+    """A name in lines of so many letters, without letters that no text can have."""
+    return "\n".join(textwrap.wrap(name.encode("utf-8", "replace").decode("utf-8"), width)) or name
+
+
+def _legend_above(axes: Axes, named: Mapping[str, Artist]) -> None:
+    """A legend of what was drawn, by name; the figure grows by as much as it needs."""
+    names = [_folded(name, 44) for name in named]
     columns = max(1, min(3, len(names), 45 // max(map(len, names))))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2, "handlelength": 1.4}
+    legend = axes.legend(list(named.values()), [str(i) for i in range(len(names))], ncols=columns, **place)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)  # as a label, one that begins with an underscore would be left out
+    figure, lines = axes.get_figure(), sum(1 + name.count("\n") for name in names)
+    figure.set_figheight(figure.get_figheight() + LINE * -(-lines // columns) + 0.15)
 
 
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element: as wide as its place on the page, with ids of its own, and a title that is read."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that matplotlib's font lacks
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     prefix = f"f{next(_counter)}-"
@@ -147,4 +177,4 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     limit = f"{1.45 * float(width[1]):.0f}px" if width else "100%"
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}" style="max-width:{limit}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}" style="max-width:{limit}"', 1)

@@ -17,7 +17,7 @@ from fdiff.federation import forecast_run
 from fdiff.plan import SHARED_PARTS
 from fdiff.report import charts
 from fdiff.report.charts import Curve
-from fdiff.report.runs import Run, number
+from fdiff.report.runs import Run, named_apart, number
 
 SCORES = {  # name: what the chart's axis says of it, and of its values
     "fd_fmnist": ("fd_fmnist", "lower is better"),
@@ -34,8 +34,9 @@ SCORES = {  # name: what the chart's axis says of it, and of its values
 
 def render(runs: Sequence[Run]) -> str:
     """The HTML page of these runs, side by side."""
+    runs = named_apart(runs)
     environment = Environment(loader=PackageLoader("fdiff.report"), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         runs=runs,
         version=__version__,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -49,6 +50,7 @@ def render(runs: Sequence[Run]) -> str:
         fields=_fields(runs),
         environments=[_environment(run) for run in runs],
     )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a path on a disk can have letters that are none
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
@@ -56,15 +58,13 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
     losses = {
         run.name: Curve([(r["round"], r["loss"]) for r in run.rounds], (), list(run.by_client("loss").values()))
         for run in runs
-        if run.rounds
     }
-    if losses:
+    if any(losses.values()):
         yield charts.curves(losses, "loss of the last local epoch")
     extractors = sorted({extractor for run in runs for extractor in run.extractors})
     for (name, (title, best)), extractor in itertools.product(SCORES.items(), extractors):
         curves = {run.name: _score_curve(run, name, extractor) for run in runs}
-        curves = {run: curve for run, curve in curves.items() if curve.raw or curve.average}
-        if curves:
+        if any(curves.values()):
             told = len(extractors) > 1 and name not in DISTANCES.values()  # a distance's name tells its extractor
             yield charts.curves(curves, f"{title}{f' by {extractor}' if told else ''} ({best})")
 
@@ -83,8 +83,8 @@ def _score_curve(run: Run, name: str, extractor: str) -> Curve:
 def _grids(run: Run) -> list[dict[str, Any]]:
     """The sample grids by round, as data URLs."""
     return [
-        {"round": round, "url": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()}
-        for round, path in run.grids.items()
+        {"round": round, "url": "data:image/png;base64," + base64.b64encode(png).decode()}
+        for round, png in run.grids.items()
     ]
 
 
@@ -99,8 +99,7 @@ def _partition(run: Run) -> str:
 
 def _communication(run: Run) -> str:
     """N of each method with this run's configuration, the run's own method highlighted."""
-    ranks = max(1, len(run.setting.get("ranks", [])))
-    costs = {method: forecast_run(replace(run.config, method=method), ranks) for method in SHARED_PARTS}
+    costs = {method: forecast_run(replace(run.config, method=method), run.ranks) for method in SHARED_PARTS}
     millions = {method: cost["communicated_parameters"] / 1e6 for method, cost in costs.items()}
     notes = {method: f"−{cost['saving']:.1%}" if cost["saving"] else "" for method, cost in costs.items()}
     return charts.bars(millions, "N, million parameters in all rounds", run.config.method, notes)

@@ -1,26 +1,31 @@
-"""A run as its folder tells it: configuration, setting, logs, scores, sample grids. Reads only."""
+"""A run as its folder tells it, which may come from anybody: configuration, logs, sample grids. Reads only."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from PIL import Image
 
-from fdiff.config import Config, from_dict
-from fdiff.errors import UserError
+from fdiff.config import Config
+from fdiff.errors import UserError, first_line
 from fdiff.evaluation import Row, described, distance_name, find_warnings, mean_distance, newest_scores, scored_as
-from fdiff.federation import find_gaps, forecast_run, read_jsonl
+from fdiff.federation import check_ranks, find_gaps, forecast_run, read_config, read_log, read_regular, read_setting
+
+MAX_PIXELS = 64_000_000  # of a sample grid
+MAX_PLANNED = 10_000_000  # clients times rounds, for which the plan of every method takes minutes
 
 
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds.
 
-    `grids` are PNG files by round; `scores` the newest of each model and way of scoring, in the order of writing.
+    `grids` are PNG images by round; `scores` the newest of each model and way of scoring, in the order of writing.
     """
 
     name: str
@@ -30,7 +35,12 @@ class Run:
     rounds: list[dict[str, Any]]
     clients: list[dict[str, Any]]
     scores: list[Row]
-    grids: dict[int, Path]
+    grids: dict[int, bytes]
+
+    @property
+    def ranks(self) -> int:
+        """The ranks on which it was last started, 1 if nobody wrote that down."""
+        return max(1, len(self.setting.get("ranks", [])))
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -80,8 +90,8 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """The row of this run in the table of runs."""
-        fed, cost = self.config.federation, forecast_run(self.config, max(1, len(self.setting.get("ranks", []))))
-        sent = sum(sum(r.get("bytes_by_purpose", r.get("sent_bytes", {})).values()) for r in self.rounds)
+        fed, cost = self.config.federation, forecast_run(self.config, self.ranks)
+        sent = sum(r["wire_bytes"] for r in self.rounds)
         return {
             "method": self.config.method,
             "partition": self.config.data.partition,
@@ -101,7 +111,7 @@ class Run:
         """The distances of the last round that is scored, mean over the models, and of which weights."""
         best = []
         for ema, rows in self._last_scored():
-            if name := distance_name(rows[0]):
+            if name := next(filter(None, map(distance_name, rows)), None):
                 best.append(f"{name} {mean_distance(rows):.2f}{' (average)' if ema else ''}")
         return ", ".join(best) or "–"
 
@@ -133,36 +143,68 @@ def number(row: Row, name: str) -> float:
     return len(score) if isinstance(score, list) else score
 
 
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those whose folders have one name named by as much of their paths as tells them apart."""
+    paths = [run.folder.resolve().parts for run in runs]
+
+    def name(path: tuple[str, ...]) -> str:
+        tails = (path[-n:] for n in range(1, len(path) + 1))
+        alone = (tail for tail in tails if sum(other[-len(tail) :] == tail for other in paths) == 1)
+        return str(Path(*next(alone, path)))
+
+    return [replace(run, name=name(path)) for run, path in zip(runs, paths, strict=True)]
+
+
 def read_run(folder: Path) -> Run:
-    """The run in a folder; UserError if it is none, or not readable."""
-    try:
-        config = _config_of(folder / "config.yaml")
-        setting = _json_or_empty(folder / "setting.json")
-        logs = [read_jsonl(folder / f"{name}.jsonl") for name in ("rounds", "clients", "scores")]
-        if gaps := find_gaps(folder):
-            raise UserError(gaps[0])
-    except (UserError, PermissionError):
-        raise
-    except OSError as error:
-        raise UserError(f"{folder}: is not a run folder of fdiff train ({error.strerror}: config.yaml)") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be read as a run ({' '.join(str(error).split())})") from None
+    """The run in a folder; UserError names the file, and the line, that is not as `fdiff` writes it."""
+    config, setting = read_config(folder), read_setting(folder)
+    logs = [read_log(folder, name) for name in ("rounds", "clients", "scores")]
+    if gaps := find_gaps(folder):
+        raise UserError(gaps[0])
     rounds, clients, scores = logs
-    grids = dict(sorted(_grids(folder / "samples")))
-    return Run(folder.resolve().name, folder, config, setting, rounds, clients, newest_scores(scores), grids)
+    grids = {round: _read_grid(path, folder) for round, path in sorted(_grids(folder / "samples"))}
+    run = Run(folder.resolve().name, folder, config, setting, rounds, clients, newest_scores(scores), grids)
+    _check_size(run)
+    return run
 
 
-def _config_of(file: Path) -> Config:
+def _check_size(run: Run) -> None:
+    """UserError if the run has more ranks than clients, or more of rounds and clients than can be planned in time."""
+    fed = run.config.federation
     try:
-        return from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        check_ranks(run.config, run.ranks)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{run.folder / 'setting.json'}: {error}") from None
+    if fed.rounds * fed.clients > MAX_PLANNED:
+        raise UserError(
+            f"{run.folder / 'config.yaml'}: {fed.rounds} rounds of {fed.clients} clients are more than a report plans "
+            f"({MAX_PLANNED} in all); make it of a smaller run"
+        )
 
 
 def _grids(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.glob("round-*.png"):
-        yield int(path.stem.removeprefix("round-")), path
+        if name := re.fullmatch(r"round-([0-9]+)\.png", path.name):
+            yield int(name[1]), path
 
 
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _read_grid(path: Path, run_dir: Path) -> bytes:
+    """A sample grid, decoded and written again as PNG: nothing that a file holds beside its pixels is passed on."""
+    try:
+        if not path.resolve().is_relative_to(run_dir.resolve()):
+            raise ValueError("it is a link that leads out of the run")
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(read_regular(path)), formats=["PNG"]) as image,
+        ):
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+            pixels = image.convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the decoder raise anything
+        raise UserError(f"{path}: is not a PNG image of this run ({first_line(error)}); remove it") from None
+    pixels.info = {}  # a colour profile would be written, too
+    written = io.BytesIO()
+    pixels.save(written, "PNG")
+    return written.getvalue()

@@ -23,7 +23,7 @@ from fdiff.federation import (
     newest_sound,
     on_rank_0,
     open_checkpoint,
-    read_jsonl,
+    read_log,
     together,
 )
 from fdiff.runtime import Stop
@@ -111,7 +111,7 @@ def _request(wanted: Score) -> ScoringRequest:
 def _rounds_written(config: Config) -> bool:
     if find_gaps(config.run_dir):
         return False
-    return len(read_jsonl(config.run_dir / "rounds.jsonl")) >= config.federation.rounds
+    return len(read_log(config.run_dir, "rounds")) >= config.federation.rounds
 
 
 def _last_round(config: Config) -> int:

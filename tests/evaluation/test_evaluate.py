@@ -16,6 +16,7 @@ import torch
 from jobs import TINY, arrays, fdiff, in_turn, on_ranks, rows
 from progress_bars import recorded
 from ranks import run_ranks
+from run_folders import round_row, score_row, write_rows
 from small_datasets import folder, save
 
 from fdiff import checkpoint
@@ -335,7 +336,7 @@ def test_a_tally_of_no_image_changes_nothing():
 
 
 def row(round: int, client: int | None, distance: float, ema: bool = False) -> dict[str, Any]:
-    return {"round": round, "client": client, "ema": ema, "local": False, "n": 500, "scores": {"fd_fmnist": distance}}
+    return score_row(round, client, ema=ema, scores={"fd_fmnist": distance})
 
 
 def test_columns_of_the_table_never_run_together():
@@ -355,6 +356,8 @@ def test_clients_far_apart_are_reported():
     (found,) = find_warnings([row(1, c, d) for c, d in enumerate([10, 12, 200])], Config(), None)
     assert "client 2 at 200.0" in found and "\n" not in found
     assert find_warnings([row(1, None, 10)], Config(), None) == []
+    of_kid = {**row(1, 0, 0), "scores": {"kid": 0.5}}  # a scoring with other --metrics, stopped after one client
+    assert find_warnings([of_kid, row(1, 1, 10)], Config(), None) == []
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,18 @@ def test_the_papers_failures_are_reported_and_its_successes_are_not(mean, deviat
 def test_clients_are_compared_only_where_they_are_scored_alike():
     rows = [row(1, 0, 10), row(1, 1, 11), {**row(1, 0, 900), "n": 9}, {**row(1, 1, 910), "n": 9}]
     fid = [{**r, "extractor": "inception", "scores": {"fid": r["scores"]["fd_fmnist"]}} for r in rows[:2]]
-    assert find_warnings([*rows, *fid], Config(), None) == []
+    found = find_warnings([*rows, *fid], Config(), None)
+    assert len(found) == 2 and all("is too high" in line for line in found)  # and none of clients far apart
+
+
+def test_what_scores_cannot_mean_is_said():
+    few = {**row(1, None, 10), "extractor": "fmnist-cnn", "n": 96, "n_real": 500}
+    (found,) = find_warnings([few], Config(), None)
+    assert found.startswith("fd_fmnist of 96 images against 500 real ones is too high")
+    assert find_warnings([{**few, "n": 97}], Config(), None) == []
+    rays = replace(Config(), data=DataConfig(dataset="folder", root="x-rays", image_side=28, channels=1))
+    (found,) = find_warnings([{**few, "n": 97}], rays, None)
+    assert found.startswith("fmnist-cnn knows clothes only: its scores of folder")
 
 
 def test_every_score_is_summarised_and_its_worst_client_follows_its_direction():
@@ -389,20 +403,22 @@ def test_every_score_is_summarised_and_its_worst_client_follows_its_direction():
 def test_scores_that_stopped_improving_are_reported(tmp_path, distances, stalled):
     log = [row(r + 1, None, d) for r, d in enumerate(distances)]
     log += [row(1, None, 0.1, ema=True)]  # scored otherwise: does not compare
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    write_rows(tmp_path / "scores.jsonl", log)
     found = find_warnings([log[len(distances) - 1]], Config(), tmp_path)
     assert [f for f in found if "stopped improving" in f] == found
     assert bool(found) == stalled
 
 
 def test_savings_that_differ_from_the_plan_are_reported(tmp_path):
+    """Also where an older checkpoint's configuration has fewer rounds than the log: the run was given more later."""
     config = from_dict({"method": "full", "federation": {"clients": 2}, "model": {"dim": 8, "dim_mults": [1]}})
     planned = forecast_run(config, 2)["rounds"]
-    log = [{"round": r["round"], "communicated_parameters": r["parameters"]} for r in planned[:3]]
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    log = [round_row(r["round"], communicated_parameters=r["parameters"]) for r in planned[:3]]
+    write_rows(tmp_path / "rounds.jsonl", log)
     assert find_warnings([], config, tmp_path) == []
+    assert find_warnings([], replace(config, federation=replace(config.federation, rounds=2)), tmp_path) == []
     log[1]["communicated_parameters"] -= 7
-    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    write_rows(tmp_path / "rounds.jsonl", log)
     (found,) = find_warnings([], config, tmp_path)
     assert "1 of 3 rounds, first in round 2" in found
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import client_row, round_row, write_rows
 
 from fdiff import checkpoint, federation
 from fdiff import config as cfg
 from fdiff.comm import SoloCommunicator
 from fdiff.errors import UserError
-from fdiff.federation import logs, snapshot
+from fdiff.federation import logs, run_files, snapshot
 
 
 def row(number: int, **more: object) -> dict[str, object]:
@@ -41,18 +42,12 @@ def test_a_line_that_was_cut_short_is_completed_or_dropped(tmp_path_factory, row
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"loss": 1}', '{"round": "1"}', "\0\0\0", "[" * 100_000])
 def test_a_line_that_is_no_row_is_named_with_the_remedy(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rounds.jsonl"
-    path.write_text(text([row(1)]) + line + "\n" + text([row(3)]))
-    with pytest.raises(UserError, match=r"rounds.jsonl: line 2 is no row of a log; fdiff train --resume --run.dir .*"):
-        logs.read_jsonl(path)
-    assert logs.find_gaps(tmp_path) == [str(error_of(path))]
-
-
-def error_of(path: Path) -> UserError:
-    try:
-        logs.read_jsonl(path)
-    except UserError as error:
-        return error
-    raise AssertionError
+    path.write_text(text([round_row(1)]) + line + "\n" + text([round_row(3)]))
+    with pytest.raises(
+        UserError, match=r"rounds.jsonl: line 2 is no row of a log; fdiff train --resume --run.dir .*"
+    ) as raised:
+        run_files.read_log(tmp_path, "rounds")
+    assert run_files.find_gaps(tmp_path) == [str(raised.value)]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +55,9 @@ def error_of(path: Path) -> UserError:
     [([1, 2, 3], ""), ([1, 3], "lacks round 2"), ([2, 3], "lacks round 1"), ([1, 2, 2], "has round 2 twice"), ([], "")],
 )
 def test_rounds_that_are_missing_or_come_twice_are_found(tmp_path: Path, numbers: list[int], problem: str) -> None:
-    (tmp_path / "rounds.jsonl").write_text(text([row(n) for n in numbers]))
-    (tmp_path / "clients.jsonl").write_text(text([row(n, client=c) for n in numbers for c in (0, 1)]))
-    found = logs.find_gaps(tmp_path)
+    write_rows(tmp_path / "rounds.jsonl", [round_row(n) for n in numbers])
+    write_rows(tmp_path / "clients.jsonl", [client_row(n, c) for n in numbers for c in (0, 1)])
+    found = run_files.find_gaps(tmp_path)
     assert len(found) == 2 * bool(problem) and all(problem in line for line in found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 from browser import browser
 from jobs import TINY, fdiff, in_turn, rows
+from run_folders import write_run
 
 from fdiff.errors import UserError
 from fdiff.federation.logs import append_jsonl
-from fdiff.report import charts, read_run, render
-from fdiff.report.charts import Curve, bars, curves, heat_map
+from fdiff.report import Run, charts, read_run, render
+from fdiff.report.charts import Curve, bars, curves, heat_map, stacked
+from fdiff.report.runs import named_apart
 
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromedriver") and shutil.which("chromium")),
@@ -216,3 +219,53 @@ def test_drawings_take_the_colour_of_the_page_and_ids_of_their_own():
         assert set(re.findall(r"(?:href=\"#|url\(#)([^\")]*)", text)) <= known
     assert len(ids) == len(set(ids))
     assert all(f">{word}<" in drawings[1] for word in ("3", "5", "10", "label", "client"))
+
+
+# --- runs side by side, none of them trained ------------------------------------------------------------------------
+
+
+def side_by_side(folder: Path, *names: str) -> list[Run]:
+    return [read_run(write_run(folder / name, grids=0)) for name in names]
+
+
+def test_runs_are_named_by_the_part_of_their_paths_that_differs(tmp_path):
+    runs = side_by_side(tmp_path, "A/full-seed0", "B/full-seed0", "B/x/udec", "C/x/udec", "alone")
+    names = ["A/full-seed0", "B/full-seed0", "B/x/udec", "C/x/udec", "alone"]
+    assert [run.name for run in named_apart(runs)] == names
+    page = render(runs)
+    assert all(page.count(f">{name}<") >= 5 for name in names)  # the table, the legends, samples, fields, time
+
+
+@pytest.mark.parametrize(
+    "name", ["_a", r"a$\frac$b", "nan", "7", "<b>", "图", "a name of 30 letters and more, and so on"]
+)
+def test_a_name_is_a_name_in_every_chart_and_is_not_read_as_anything(tmp_path, name, recwarn):
+    runs = side_by_side(tmp_path, name, "other")
+    shown = html.escape(name, quote=False)
+    curve, bars = (
+        curves({run.name: Curve([(1, 2.0)]) for run in runs}, "loss"),
+        stacked({r.name: r.seconds for r in runs}, "s"),
+    )
+    written = ["".join(re.findall(r">([^<]+)</t(?:ext|span)>", svg)) for svg in (curve, bars)]
+    assert all(shown.replace(" ", "") in text.replace(" ", "") and "other" in text for text in written)
+    assert not recwarn.list
+
+
+def test_a_run_has_one_colour_in_all_charts_and_no_other_run_has_it(tmp_path):
+    """Of eleven runs the first has no scores: those after it keep their colours."""
+    names = [f"run-{i}" for i in range(11)]
+    losses = curves({name: Curve([(1, 2.0)]) for name in names}, "loss")
+    scores = curves({name: Curve([(1, 2.0)] if i else []) for i, name in enumerate(names)}, "fid")
+    drawn = [re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 2\b", svg) for svg in (losses, scores)]
+    lines, legend = drawn[0][:11], drawn[0][-11:]
+    assert lines == legend and len(set(lines)) == 11
+    assert drawn[1][:10] == lines[1:] and ">run-0<" not in scores
+
+
+def test_bars_keep_their_width_beside_long_names():
+    """The axes take most of the figure whatever the names: with names of 30 letters on one line they vanished."""
+    for name in ("a", "x" * 30, "fashion-mnist-udec-label-skew-" * 4):
+        svg = stacked({name: {"train": 1.0}}, "seconds")
+        view = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        (bar,) = re.findall(r'id="\S*patch_3">\s*<path d="M ([\d.]+) \S+\s*L ([\d.]+)', svg)
+        assert float(bar[1]) - float(bar[0]) > 0.4 * view
