@@ -16,6 +16,7 @@ from fdiff.checkpoint import Damaged, Examined
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
 from fdiff.federation.client import build_model
+from fdiff.federation.run_files import KINDS
 from fdiff.model import PARTS, Slot, layout_of, part_sizes
 from fdiff.plan import SHARED_PARTS
 
@@ -79,12 +80,15 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
 
 
 def _check_logs(file: Path, header: Mapping[str, Any]) -> None:
-    """Damaged if there are rows of logs and they are not those of rounds up to this one."""
+    """Damaged if there are rows of logs that are not those of rounds up to this one, or who was dropped is no table."""
     logs = header.get("logs", {})
     lists = isinstance(logs, dict) and all(isinstance(rows, list) for rows in logs.values())
     rows = [row for rows in logs.values() for row in rows] if lists else [None]
     if not all(isinstance(row, dict) and row.get("round") in range(1, header["round"] + 1) for row in rows):
         raise Damaged(f"{file}: its rows of the logs are not those of its rounds; use another checkpoint")
+    metrics = header.get("metrics", {})
+    if not isinstance(metrics, dict) or not KINDS["a table of text by client"](metrics.get("dropped", {})):
+        raise Damaged(f"{file}: its header does not say which clients were dropped; use another checkpoint")
 
 
 def check_client(file: Path, config: Config, datasets: Datasets) -> None:

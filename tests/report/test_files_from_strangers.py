@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from run_folders import client_row, round_row, score_row, write_rows, write_run
+from run_folders import CONFIG, client_row, round_row, score_row, write_rows, write_run
 
+from fdiff import checkpoint
 from fdiff.commands import report as command
 from fdiff.commands import verify
+from fdiff.config import to_dict
 from fdiff.errors import UserError
 from fdiff.federation import find_gaps, log_problem
+from fdiff.federation.validate import check_global, layout_for
 from fdiff.report import read_run, render
+from fdiff.sweeps import results
+from fdiff.sweeps.grid import Score
 
 NAN, DEEP, VAST = float("nan"), "[" * 100_000, "9" * 5000
 NO_ROWS = ["null", "[]", '"text"', "3", "{", DEEP, '{"loss": 1}', '{"round": "2"}', "\0", f'{{"round": {VAST}}}']
@@ -201,6 +206,24 @@ def test_a_link_within_the_run_and_a_linked_run_are_shown(run, tmp_path):
     (tmp_path / "link").symlink_to(run)
     grids = read_run(tmp_path / "link").grids
     assert list(grids) == [1, 2, 3] and grids[3] == grids[1]
+
+
+# --- checkpoints and sweeps read rows, too ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metrics", [None, [], 3, {"dropped": []}, {"dropped": {"x": "why"}}, {"dropped": {"0": 3}}])
+def test_a_checkpoint_whose_row_of_the_round_is_none_is_damaged(tmp_path, metrics):
+    """`evaluate --local` asks it which clients were dropped."""
+    layout = checkpoint.layout_table(layout_for(CONFIG))
+    header = {"round": 1, "config": to_dict(CONFIG), "layout": layout, "images": [32, 32], "metrics": metrics}
+    with pytest.raises(checkpoint.Damaged, match="global.h5: its header does not say which clients were dropped; use"):
+        check_global(tmp_path, header, {})
+
+
+@pytest.mark.parametrize("resized", [{}, {"resized_from": 8}])
+def test_a_score_of_images_that_were_not_resized_counts_in_a_sweep(resized):
+    score = {**without(SCORE, "resized_from"), **resized}
+    assert results._is_as_wanted(score, Score(images=99, sampler="ddim", steps=4), CONFIG)
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
