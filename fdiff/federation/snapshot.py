@@ -193,7 +193,7 @@ def restore(
     before = check_global(path, saved, described(arrays))
     _check_same_run(path, saved, host.trainer.config)
     if not host.trainer.config.data.changed:
-        _check_same_images(path, saved, images, fingerprints)
+        _check_same_images(path, saved, images, fingerprints, host.trainer.config)
     own = [c.index for c in host.clients] if has_client_files(before) else []
     states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
@@ -235,7 +235,11 @@ def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config) -> Non
 
 
 def _check_same_images(
-    path: Path, saved: Mapping[str, Any], images: Mapping[int, int], fingerprints: Sequence[Fingerprint]
+    path: Path,
+    saved: Mapping[str, Any],
+    images: Mapping[int, int],
+    fingerprints: Sequence[Fingerprint],
+    config: Config,
 ) -> None:
     """UserError if the images are others than those that the checkpoint was trained on, as far as it tells."""
     remedy = "give the same data, start a new run, or go on with these once with --data.changed true"
@@ -244,7 +248,11 @@ def _check_same_images(
             f"data.root: the clients had {saved['images']} images when {path} was made, now they have "
             f"{[images[client] for client in sorted(images)]}; {remedy}"
         )
-    before = saved.get("fingerprints", [])
+    before, data = saved.get("fingerprints", []), config.data
+    if not before and (data.limit is not None or data.dataset not in ("embedded", "fashion-mnist")):
+        raise UserError(
+            f"data.limit: {path} is of an older fdiff, which took the first images and resized them otherwise; {remedy}"
+        )
     for client, (then, now) in enumerate(zip(before, fingerprints, strict=False)):
         if changed := [kind for kind in now if then.get(kind) != now[kind]]:
             whose = f"client {client}'s images" if len(fingerprints) > 1 else "the images"

@@ -69,6 +69,9 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
     if type(header["round"]) is not int or header["round"] < 1:
         raise Damaged(f"{file}: says that it is of round {header['round']!r}; use another checkpoint")
     _check_logs(file, header)
+    prints = header.get("fingerprints", [])
+    if not isinstance(prints, list) or not all(isinstance(one, dict) for one in prints):
+        raise Damaged(f"{file}: its fingerprints are no list of checksums; use another checkpoint")
     layout = layout_for(config)
     if header["layout"] != checkpoint.layout_table(layout):
         raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")

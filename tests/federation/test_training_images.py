@@ -16,6 +16,8 @@ from jobs import TINY, arrays, fdiff, on_ranks
 from PIL import Image
 from small_datasets import pixels, refusal, save
 
+from fdiff import checkpoint
+from fdiff.checkpoint.file import write_file
 from fdiff.comm import SoloCommunicator
 from fdiff.config import Config, DataConfig, FederationConfig, ModelConfig, preset
 from fdiff.data import fingerprint, read_split
@@ -227,6 +229,19 @@ def test_a_run_goes_on_with_other_images_only_when_told_and_once(stopped) -> Non
     assert arrays(folder / "run", 3) and "changed" not in (folder / "run" / "config.yaml").read_text()
     again = fdiff(*told, "--federation.rounds", 4, cwd=folder).check()  # these are its images now
     assert "round 4/4" in again.err
+
+
+def test_a_checkpoint_without_fingerprints_is_of_a_time_when_images_were_taken_otherwise(tmp_path: Path) -> None:
+    words = ["train", *TINY, *ONE_ROUND, "--run.dir", "run"]
+    fdiff(*words, cwd=tmp_path).check()
+    folder = tmp_path / "run" / "checkpoints" / "round-000001"
+    arrays_of, header, _ = checkpoint.read_generation(folder)
+    del header["fingerprints"]
+    write_file(folder / "global.h5", arrays_of, header)
+    more = [*words, "--federation.rounds", 2, "--resume"]
+    done = fdiff(*more, cwd=tmp_path)
+    assert done.status == 2 and re.search("data.limit: .* of an older fdiff", done.err), done
+    fdiff(*more, "--data.changed", "true", cwd=tmp_path).check()
 
 
 def test_of_many_files_a_fixed_sample_stands_for_all(tmp_path: Path, monkeypatch) -> None:
