@@ -18,7 +18,8 @@ from fdiff import checkpoint
 from fdiff.errors import UserError
 
 LOGS = ("rounds", "clients")  # a line per round, and a line per round and client
-MAX_BYTES = 2**30  # of a file that is read whole: more than the logs of a thousand clients over a thousand rounds
+MAX_LOG_BYTES = 2**34  # some fifty million rows, more than fit in most hosts' memory
+MAX_BYTES = 2**28  # of another file of a run that is read whole
 Row = dict[str, Any]
 
 
@@ -36,7 +37,7 @@ def read_jsonl(path: Path) -> list[Row]:
 def _parse(path: Path) -> tuple[list[Row], str]:
     """The rows up to the first line that is none, and what is wrong with that one; "" if all is well."""
     try:
-        *lines, rest = read_regular(path).split(b"\n")
+        *lines, rest = read_regular(path, MAX_LOG_BYTES).split(b"\n")
     except FileNotFoundError:
         return [], ""
     rows: list[Row] = []
@@ -64,14 +65,14 @@ def remedy(path: Path) -> str:
     return "; remove that line" if path.suffix == ".jsonl" else "; remove that file"
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a file; FileNotFoundError if there is none, UserError if it is of another kind, or vast."""
+def read_regular(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a file; FileNotFoundError if there is none, UserError if it is of another kind, or larger."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise UserError(f"{path}: is not a regular file; remove it")
-        if status.st_size > MAX_BYTES:
-            raise UserError(f"{path}: has {status.st_size} bytes, and at most {MAX_BYTES} are read; remove it")
+        if status.st_size > most_bytes:
+            raise UserError(f"{path}: has {status.st_size} bytes, and at most {most_bytes} are read; remove it")
         return path.read_bytes()
     except FileNotFoundError:
         raise

@@ -137,6 +137,12 @@ def test_what_is_no_regular_file_is_not_waited_for(run, name):
         assert find_gaps(run) == [f"{run / name}: is not a regular file; remove it"]
 
 
+@pytest.mark.parametrize("name", ["rounds.jsonl", "setting.json", "samples/round-000001.png"])
+def test_a_vast_file_is_refused_before_memory_is_taken(run, name):
+    os.truncate(run / name, 2**40)
+    assert f"{name}: has {2**40} bytes, and at most" in refused(run)
+
+
 def test_a_run_too_large_to_plan_is_refused_at_once(run):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
