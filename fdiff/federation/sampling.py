@@ -14,7 +14,7 @@ from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config
 from fdiff.errors import RunError, one_line
 from fdiff.federation.assemble import RankSetup
-from fdiff.federation.client import REMEDY, Trainer
+from fdiff.federation.client import Trainer
 from fdiff.federation.sample_batches import Batch, batches, grid_batches
 from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
@@ -40,7 +40,8 @@ def draw(trainer: Trainer, config: Config, batch: Batch, round: int, progress: P
         model.train()
     if not x.isfinite().all():
         whose = "the global model" if batch.model is None else f"client {batch.model}"
-        raise RunError(f"{whose}, round {round}: a drawn image is {REMEDY}, or an earlier round")
+        remedy = "train with a smaller optim.lr, or take an earlier round"
+        raise RunError(f"{whose}, round {round}: drawn images are not finite numbers; {remedy}")
     return diffusion.to_uint8(x)
 
 

@@ -66,7 +66,9 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "yaml field": ("--config unknown.yaml", ("unknown.yaml: federation.client: no such field", "clients?"), 2),
     "no yaml": ("--config absent.yaml", ("--config: absent.yaml cannot be read",), 2),
     "comm": ("--runtime.comm none", ("runtime.comm: 'none'", "2 ranks"), 2),
-    "loss": ("--optim.lr 1e30 --optim.batch_size 64", (", round 2: step 1: the loss is", "not a finite number"), 1),
+    "first round": ("--optim.lr 1e30 --optim.batch_size 64", (", round 1: after the last step the loss is not a",), 1),
+    "last step": ("--optim.lr 50 --optim.batch_size 64", (", round 2: after the last step the loss is not a",), 1),
+    "loss": ("--optim.lr 1e30 --optim.batch_size 4", (", round 1: step 2: the loss is nan, not a finite number",), 1),
 }
 GPU = {"no gpu"}
 ON_RANKS_ONLY = {"ranks", "comm"}
@@ -115,9 +117,10 @@ def test_a_bad_request_leaves_what_was_there(on_two_ranks, folder):
     assert (folder / "exists" / "thesis.tex").read_text() == "precious"
 
 
-def test_after_a_loss_that_is_not_finite_the_last_checkpoint_stands(on_two_ranks, folder):
-    run = folder / f"run-{list(CASES).index('loss')}"
-    assert re.search(r"client \d+, round 2: step \d+", complaints(on_two_ranks["loss"])[0])
+def test_what_diverged_is_not_committed_and_the_last_checkpoint_stands(on_two_ranks, folder):
+    first, run = (folder / f"run-{list(CASES).index(name)}" for name in ("first round", "last step"))
+    assert re.search(r"client \d+, round 2: after", complaints(on_two_ranks["last step"])[0])
+    assert not list((first / "checkpoints").iterdir())
     assert [f.name for f in (run / "checkpoints").iterdir()] == ["round-000001"]
     assert all(line.startswith("sound ") for line in fdiff("verify", run, cwd=folder).check().out.splitlines())
 

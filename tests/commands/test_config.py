@@ -127,6 +127,12 @@ def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch):
         (["--optim.lr", ".nan"], ["optim.lr", "finite"]),
         (["--optim.lr", "-1"], ["optim.lr: -1", "greater than 0"]),
         (["--diffusion.beta_start", "0.5"], ["diffusion.beta_start: 0.5", "diffusion.beta_end = 0.02"]),
+        (["--diffusion.beta_start", "1e-20"], ["diffusion.beta_start: 1e-20", "in [1e-12, 1)"]),
+        (["--diffusion.timesteps", "20000"], ["diffusion.timesteps: 20000", "ᾱ_T would be 1.3e-88", "fewer timesteps"]),
+        (
+            ["--diffusion.beta_start", "0.9", "--diffusion.beta_end", "0.99"],
+            ["diffusion.timesteps: 1000 is not valid with", "beta_end = 0.99", "ᾱ_T would be 0,"],
+        ),
         (["--sample.sampler", "ddim", "--diffusion.timesteps", "10"], ["sample.steps: 50", "diffusion.timesteps = 10"]),
         (["--run.keep_checkpoints", "1"], ["run.keep_checkpoints: 1", "between 2 and 1000000"]),
         (["--json"], ["--json", "--help"]),

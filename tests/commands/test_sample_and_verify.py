@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.commands import partition, sample
 from fdiff.config import Config, RuntimeConfig
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
-from fdiff.errors import UserError
+from fdiff.errors import RunError, UserError
 from fdiff.federation import sampling
+from fdiff.model import diffusion
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +101,15 @@ def test_where_samples_cannot_be_written_none_are_drawn(run, tmp_path, monkeypat
     monkeypatch.setattr(sampling, "draw_all", None)
     with pytest.raises(UserError, match="--out: .* exists already"):
         sample.run(run / "full", RuntimeConfig(), SoloCommunicator(), torch.device("cpu"), out=run)
+
+
+def test_samples_that_are_not_finite_are_an_error_that_names_the_client_and_the_round(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion.Drawing, "draw", lambda *_: torch.full((2, 1, 8, 8), math.nan))
+    alone = (RuntimeConfig(), SoloCommunicator(), torch.device("cpu"))
+    for words, whose in (({}, "client 0"), ({"client": 3}, "client 3")):
+        with pytest.raises(RunError, match=rf"{whose}, round 3: drawn images are not finite"):
+            sample.run(run / "udec", *alone, out=tmp_path / "none.png", images=2, **words)
+    assert not list(tmp_path.iterdir())
 
 
 class Sampling:

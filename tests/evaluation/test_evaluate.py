@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from fdiff.commands import evaluate as command
 from fdiff.config import Config, DataConfig, RuntimeConfig, from_dict
 from fdiff.data import open_source
 from fdiff.data.sources import ArraySource, Split
-from fdiff.errors import UserError
+from fdiff.errors import RunError, UserError
 from fdiff.evaluation import features
 from fdiff.evaluation.extractors import load_extractor
 from fdiff.evaluation.features import ImageFeatures, features_of_source
@@ -35,6 +36,7 @@ from fdiff.evaluation.warnings import find_warnings, newest_scores
 from fdiff.federation import sampling
 from fdiff.federation.forecast import forecast_run
 from fdiff.federation.saved import open_checkpoint
+from fdiff.model import diffusion
 
 CPU = torch.device("cpu")
 IMAGES = 98  # of a model, and real ones: one more than features, and one
@@ -261,6 +263,15 @@ def test_a_moving_average_travels_only_where_it_is_saved_and_changes_no_account(
 
 
 # --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_images_that_are_not_finite_are_not_scored(runs, monkeypatch):
+    monkeypatch.setattr(diffusion.Drawing, "draw", lambda *_: torch.full((2, 1, 8, 8), math.nan))
+    saved = open_checkpoint(runs / "udec")
+    scoring = Scoring(SoloCommunicator(), CPU, saved.config, ScoringRequest(), None)
+    with pytest.raises(RunError, match="^client 0, round 3: drawn images are not finite numbers"):
+        next(scoring.score(saved, ema=False))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def drawn(sampler: str, device: torch.device = CPU, config: Config = CONFIG) -> 
     trainer = Trainer(config, device)
     drawn = []
     for first, last in ((0, 3), (3, 6), (6, 8)):
-        drawn.append(draw(trainer, config, Batch(None, first, last, 0)).cpu())
+        drawn.append(draw(trainer, config, Batch(None, first, last, 0), 1).cpu())
         trainer.buckets.flat.mul_(0.5)
     return torch.cat(drawn)
 

@@ -264,6 +264,14 @@ def test_noise_of_any_size(numel):
     assert torch.equal(x, normal(1, torch.tensor([3, 2**32 - 1]), torch.tensor(9), (numel,)))
 
 
+@pytest.mark.parametrize("config", [DiffusionConfig(timesteps=8600), DiffusionConfig(beta_start=1e-12, beta_end=1e-12)])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_steps_at_the_limits_of_a_schedule_are_finite_in_float32(config, sampler):
+    steps = diffusion.make_sampler(config, SampleConfig(sampler=sampler))
+    assert all(values.float().isfinite().all() for values in (steps.p, steps.q, steps.a, steps.b, steps.s))
+    assert steps.p.float()[0] * diffusion.make_schedule(config, torch.float32, "cpu").sqrt_ac[-1] == pytest.approx(1)
+
+
 def test_noise_is_never_infinite():
     """The words at both ends of their range give finite numbers, out to what 24 bits allow: √(50 ln 2) = 5.89."""
     ends = torch.tensor([0, 255, 256, 2**32 - 1])
