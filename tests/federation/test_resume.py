@@ -17,8 +17,10 @@ from faults.runs import equal, train
 from forked_jobs import free_port
 from jobs import BIN, ROOT, TINY, Done, arrays, clean_env, fdiff, in_turn, largest_difference, rows
 from launchers import started, trainers, wait_for
+from ranks import train_in_turn
 from small_datasets import needs_gpu
 
+from fdiff.commands.flags import parse
 from fdiff.plan import SHARED_PARTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,8 +42,11 @@ def jobs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     check(in_turn(1, [request(f"{method}-at-once", method, LAST) for method in METHODS], folder))
     for round, ranks in enumerate(RANKS, 1):
-        stopped = [request(f"{method}-stopped", method, round) + ["--resume"] * (round > 1) for method in METHODS]
-        check(in_turn(ranks, stopped, folder))
+        stopped = [request(f"{folder}/{method}-stopped", method, round) for method in METHODS]
+        if ranks > 1:
+            train_in_turn([parse(words).arguments["config"] for words in stopped], ranks, folder, resume=round > 1)
+        else:
+            check(in_turn(1, [[*words, "--resume"] for words in stopped], folder))
     return folder
 
 

@@ -53,14 +53,14 @@ def run_ranks(
     return [end.result for end in ends]
 
 
-def train_in_turn(configs: Sequence[Config], ranks: int, tmp_path: Path) -> None:
+def train_in_turn(configs: Sequence[Config], ranks: int, tmp_path: Path, resume: bool = False) -> None:
     """Train each configuration on so many ranks, which are started once and not for each."""
-    run_ranks(partial(_train_in_turn, configs), ranks, tmp_path, timeout_s=240, patience_s=60)
+    run_ranks(partial(_train_in_turn, configs, resume), ranks, tmp_path, timeout_s=240, patience_s=60)
 
 
-def _train_in_turn(configs: Sequence[Config], comm: Communicator) -> None:
+def _train_in_turn(configs: Sequence[Config], resume: bool, comm: Communicator) -> None:
     for config in configs:
-        federation.run(config, comm, torch.device("cpu"))
+        federation.run(config, comm, torch.device("cpu"), resume)
 
 
 def end_ranks(
