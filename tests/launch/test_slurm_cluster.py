@@ -51,8 +51,10 @@ if restart == "0":
         subprocess.run(["scontrol", "requeue", called["SLURM_JOB_ID"]], check=True)
     time.sleep(60)
 """
+# Slurm looks every 30 s, and signals the steps that there are once the notice and another 30 s would be too late: here
+# 10 to 40 s after the start, when the ranks have set their trap even on a busy machine.
 ON_USR2 = """#!/bin/bash
-#SBATCH --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR2@35 --output=%j.out
+#SBATCH --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR2@20 --output=%j.out
 exec srun bash -c 'trap "echo rank $SLURM_PROCID got USR2; exit 0" USR2; for _ in {1..590}; do sleep 0.1; done; exit 1'
 """
 
