@@ -126,10 +126,13 @@ class Job:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody has, and that the kernel gives to nobody before it is used."""
+    """A port of the loopback address that nobody has, and that neither the kernel nor another worker of the tests gives
+    to anybody before it is used."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first, last = (int(n) for n in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     while True:
-        port = DICE.randrange(10_000, first) if first > 20_000 else DICE.randrange(last, 65_536)
+        port = DICE.randrange(10_000, first - 8) if first > 20_000 else DICE.randrange(last + 8, 65_528)
+        port = port // 8 * 8 + worker % 8
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
