@@ -73,10 +73,10 @@ def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):
 def test_mpich_under_srun(request, tmp_path):
     srun = ["srun", "-N2", "-n2", "--mpi=pmi2", "--kill-on-bad-exit", mpi_libraries.mpich().python]
     words = [*srun, "-m", "fdiff", "doctor", "--json", "--runtime.comm", "mpi", "--runtime.device", "cpu"]
-    for attempt in range(3):  # Slurm's plugin cuts some of the library's addresses, which then may wait for ever
+    for _ in range(3):  # Slurm's plugin cuts some of the library's addresses, which then fails, or waits for ever
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = execute(words, tmp_path, timeout_s=60, env=environment(LAUNCHERS["srun"], request))
-            if attempt == 2 or "mpi/pmi2: value not properly terminated" not in done.err:
+            if done.status == 0:
                 break
     report = json.loads(done.check().out)
     assert (report["launcher"], [row["rank"] for row in report["ranks"]]) == ("srun", [0, 1])
