@@ -253,7 +253,7 @@ def _of_run(run_dir: Path, flags: list[str]) -> Config:
 
     UserError if then nothing says what to train, unless the job went no further before it was started again.
     """
-    if (run_dir / "config.yaml").exists():
+    if (run_dir / "config.yaml").is_file():
         return apply_config_file(Config(), run_dir / "config.yaml", "--resume")
     what = [flag for flag in flags if flag.startswith(SAYS_WHAT) and not flag.startswith("--run.dir=")]
     if not what and not launcher.restarts():

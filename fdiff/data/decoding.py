@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import stat
 import warnings
@@ -69,8 +70,9 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """
     try:
         _check_is_file(path)
+        _silence()
         # Given a name, the library would map a TIFF into memory, and scramble one that lies on its side (Pillow 13).
-        with path.open("rb") as file, warnings.catch_warnings():
+        with path.open("rb") as file, warnings.catch_warnings(), _own_bound():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, image, max_pixels)
@@ -90,7 +92,12 @@ def _reason(error: Exception) -> str:
 
 def _check_is_file(path: Path) -> None:
     if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe or a device may take for ever
-        raise UserError(f"{path}: has an image's name and is no regular file; remove it, or give it another name")
+        raise not_a_file(path)
+
+
+def not_a_file(path: str | Path) -> UserError:
+    """What to say of a pipe, a device or a link to nothing."""
+    return UserError(f"{path}: has an image's name and is no regular file; remove it, or give it another name")
 
 
 def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
@@ -132,14 +139,21 @@ def _is_grey(palette: list[int] | None) -> bool:
     return palette is not None and palette[0::3] == palette[1::3] == palette[2::3]
 
 
-def _leave_checks_and_messages_to_us() -> None:
-    """The library and libtiff print without a file's name; its own bound on pixels would speak before `_check_size`."""
-    Image.MAX_IMAGE_PIXELS = None
+@contextlib.contextmanager
+def _own_bound() -> Iterator[None]:
+    """Inside, `_check_size` is the only bound on pixels, not the library's."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@functools.cache
+def _silence() -> None:
+    """Have the library and libtiff, which print without a file's name, print nothing."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     library = ctypes.CDLL(_imaging.__file__)  # finds the symbols of what it is linked with, if that includes libtiff
     for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(AttributeError):
             getattr(library, handler)(None)
-
-
-_leave_checks_and_messages_to_us()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fdiff.data.decoding import EXTENSIONS
+from fdiff.data.decoding import EXTENSIONS, not_a_file
 from fdiff.data.sources import Split
 from fdiff.errors import UserError
 
@@ -131,7 +131,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     if not entry.name.lower().endswith(EXTENSIONS) or _is_folder(entry):
         return False
     if not entry.is_file():
-        raise UserError(f"{entry.path}: has an image's name and is no regular file; remove it, or give it another name")
+        raise not_a_file(entry.path)
     return True
 
 

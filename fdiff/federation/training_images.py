@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from blake3 import blake3
+
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config, DataConfig
 from fdiff.data import (
@@ -67,8 +69,8 @@ def open_data(config: Config, comm: Communicator) -> OpenedData:
     everyone = [[Findings(**found) for found in rank] for rank in exchange_json(comm, [vars(found) for found in own])]
     found = merge([of_split for of_rank in everyone for of_split in of_rank])
     unfit = [one.unfit for one in own] if private else [found.unfit]
-    config = together(comm, lambda: replace(config, data=infer_shape(data, found, len(config.model.dim_mults))))
     splits = together(comm, lambda: [without_unfit(*pair) for pair in zip(splits, unfit, strict=True)])
+    config = together(comm, lambda: replace(config, data=infer_shape(data, found, len(config.model.dim_mults))))
     sources = together(comm, lambda: [as_source(split, config.data) for split in splits])
     prints = _fingerprints(comm, data, splits, clients)
     left_out = sum(len(one.unfit) for of_rank in everyone for one in of_rank)
@@ -79,9 +81,9 @@ def infer_image_shape(config: Config, comm: Communicator) -> Config:
     """The configuration with side and channels of the images, which are opened only if they are not given or known."""
     try:
         channels, side, _ = config.data.shape
-        return replace(config, data=replace(config.data, channels=channels, image_side=side))
     except UserError:
         return open_data(config, comm).config
+    return replace(config, data=replace(config.data, channels=channels, image_side=side))
 
 
 def _read(data: DataConfig, client: int) -> Split:
@@ -93,8 +95,7 @@ def _check_same_data(comm: Communicator, split: Split, root: str | None) -> None
     if comm.size == 1:
         return
     lines = together(comm, lambda: list_split(split, root))
-    checksum = zlib.crc32("\n".join(lines).encode())
-    if len(set(exchange_json(comm, checksum))) == 1:
+    if len(set(exchange_json(comm, blake3("\n".join(lines).encode()).hexdigest()))) == 1:
         return
     lists = [json.loads(zlib.decompress(sent)) for sent in comm.exchange(zlib.compress(json.dumps(lines).encode()))]
     error = UserError(f"data.root: the ranks see different images: {first_difference(lists)}; give all the same")

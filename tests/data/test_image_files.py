@@ -289,12 +289,12 @@ def variants(folder: Path, suffix: str) -> list[Path]:
     """Small files in the ways in which the library writes the format."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    colour, few = Image.fromarray(pixels(24, 16, 3)), {}
+    colour = Image.fromarray(pixels(24, 16, 3))
     options: list[dict] = {
         ".tif": [{}, *({"compression": c} for c in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"))],
         ".webp": [{}, {"lossless": True}],
         ".jpg": [{}, {"progressive": True}],
-    }.get(suffix, [few])
+    }.get(suffix, [{}])
     paths = []
     for i, mode in enumerate(("L", "RGB", "RGBA", "P", "1", "LA", "CMYK")):
         for j, chosen in enumerate(options):
@@ -326,6 +326,30 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     paths = [path for suffix in SUFFIXES for path in variants(tmp_path, suffix)[1::4]]
     assert {path.suffix for path in paths} == set(SUFFIXES)
     assert all(fuzz(paths, 50))
+
+
+def of_other_formats(folder: Path) -> list[Path]:
+    """A file of each other format that the library writes, with the name of one of ours."""
+    Image.init()
+    paths = []
+    for name in sorted(set(Image.SAVE) - set(SUFFIXES.values())):
+        for mode in ("RGB", "L", "P", "1", "F"):
+            written = io.BytesIO()
+            try:
+                Image.fromarray(pixels(24, 16, 3)).convert(mode).save(written, name)
+            except Exception:  # not in this mode, or not at all by itself
+                continue
+            paths.append(folder / f"{name}-{mode}.png")
+            paths[-1].write_bytes(written.getvalue())
+            break
+    return paths
+
+
+@pytest.mark.rare
+def test_thousands_of_damaged_files_of_other_formats_are_refused(tmp_path: Path) -> None:
+    paths = of_other_formats(tmp_path)
+    assert len(paths) > 12
+    assert all(fuzz(paths, 3000))
 
 
 @pytest.mark.rare
