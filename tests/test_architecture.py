@@ -17,7 +17,7 @@ FLOORS = [
     {"bench", "evaluation"},
     {"federation"},
     {"comm", "checkpoint", "data", "plan", "config_file"},
-    {"runtime", "model"},
+    {"runtime", "model", "presets"},
     {"config"},
     {"errors", "seeds"},
     {"__init__"},

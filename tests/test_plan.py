@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdiff.config import Config, FederationConfig, preset
+from fdiff.config import Config, FederationConfig
 from fdiff.federation.forecast import forecast_run, sizes_of
 from fdiff.model.unet import PARTS
 from fdiff.plan import (
@@ -23,6 +23,7 @@ from fdiff.plan import (
     reporting_ranks,
     wire_bytes,
 )
+from fdiff.presets import preset
 
 SIZES = {"encoder": 1_280_642, "bottleneck": 999_376, "decoder": 716_297}
 seeds = st.integers(0, 2**62)

@@ -22,18 +22,17 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from fdiff.config import (
     GROUPS,
     PATHS,
-    PRESETS,
     Config,
     Method,
     RuntimeConfig,
     flat,
     from_dict,
     nearest,
-    preset,
     to_dict,
 )
 from fdiff.config_file import apply_config_file, as_yaml
 from fdiff.errors import UserError
+from fdiff.presets import PRESETS, preset
 from fdiff.runtime import expand_path, launcher
 
 COMMANDS = {

@@ -23,10 +23,11 @@ from typing import Any
 
 from blake3 import blake3
 
-from fdiff.config import Config, RuntimeConfig, from_dict, preset, to_dict
+from fdiff.config import Config, RuntimeConfig, from_dict, to_dict
 from fdiff.config_file import lay_over, read_fields
 from fdiff.errors import UserError
 from fdiff.evaluation import DISTANCES, default_extractor, sampling_config
+from fdiff.presets import preset
 
 SHIPPED = Path(__file__).parent
 KEYS = ("preset", "fields", "grid", "score")

@@ -82,8 +82,6 @@ def _may_differ(field: str, was: Any, now: Any) -> bool:
     """Whether a run stays the cell's: as for a resumption, but not shorter than it was, nor in another arithmetic."""
     if field == "federation.rounds":
         return was < now
-    if now is None and field in ("data.image_side", "data.channels"):
-        return True  # the run has what it inferred from its images
     return field != "runtime.precision" and field.startswith(MAY_CHANGE)
 
 

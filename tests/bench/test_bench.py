@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fdiff.bench import checkpoint, measure, roofline, round, scale
 from fdiff.bench.measure import compare, in_turns
 from fdiff.comm import SoloCommunicator
-from fdiff.config import Config, OptimConfig, mini
+from fdiff.config import Config, OptimConfig
 from fdiff.data import Shard, open_source
 from fdiff.federation.client import Client, Trainer
 from fdiff.model import diffusion
+from fdiff.presets import mini
 
 CPU = torch.device("cpu")
 SMALL = """--preset mini --model.dim 8 --model.dim_mults [1,2] --optim.batch_size 8 --runtime.threads 1

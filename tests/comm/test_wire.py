@@ -20,9 +20,10 @@ from mpi_libraries import find
 from fdiff.bench import wire
 from fdiff.bench.network import INTERFACE, Network, network, why_not
 from fdiff.comm import SoloCommunicator
-from fdiff.config import FederationConfig, preset, to_dict
+from fdiff.config import FederationConfig, to_dict
 from fdiff.federation.forecast import forecast_run
 from fdiff.plan import SHARED_PARTS
+from fdiff.presets import preset
 from fdiff.runtime import launcher
 
 RANKS = 4

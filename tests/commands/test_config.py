@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from fdiff.commands.flags import COMMANDS, parse
-from fdiff.config import GROUPS, Config, RunConfig, from_dict, preset, to_dict
+from fdiff.config import GROUPS, Config, RunConfig, from_dict, to_dict
 from fdiff.config_file import apply_config_file, as_yaml
 from fdiff.errors import UserError
+from fdiff.presets import preset
 
 NUMBERS = ("int", "float", "int | None")
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fdiff.config import Config, mini
+from fdiff.config import Config
 from fdiff.data import Shard, open_source
 from fdiff.errors import RunError
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.sampling import Batch, draw
+from fdiff.presets import mini
 
 CPU = torch.device("cpu")
 SMALL = replace(

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from fdiff.config import OptimConfig, RunConfig, SampleConfig, preset
+from fdiff.config import OptimConfig, RunConfig, SampleConfig
 from fdiff.federation.forecast import GOODPUT, forecast_run, seconds, sizes_of
 from fdiff.plan import SHARED_PARTS, plan_round
+from fdiff.presets import preset
 
 
 def config_of(method: str, clients: int, reduction: str = "fast"):

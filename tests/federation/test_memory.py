@@ -9,7 +9,7 @@ import torch
 from jobs import TINY, in_turn
 
 from fdiff.comm import SoloCommunicator
-from fdiff.config import Config, FederationConfig, OptimConfig, mini
+from fdiff.config import Config, FederationConfig, OptimConfig
 from fdiff.data import Shard, open_source
 from fdiff.errors import UserError
 from fdiff.federation import assemble
@@ -17,6 +17,7 @@ from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.memory import activations, memory_of_rank
 from fdiff.federation.snapshot import HostCopies, contents
+from fdiff.presets import mini
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,10 @@ from small_datasets import pixels, refusal, save
 from fdiff import checkpoint
 from fdiff.checkpoint.file import write_file
 from fdiff.comm import SoloCommunicator
-from fdiff.config import Config, DataConfig, FederationConfig, ModelConfig, preset
+from fdiff.config import Config, DataConfig, FederationConfig, ModelConfig
 from fdiff.data import fingerprint, read_split
 from fdiff.federation import infer_image_shape, open_data
+from fdiff.presets import preset
 
 SMALL = [word for i, word in enumerate(TINY) if not {"--data.image_side", "--data.limit"} & {word, TINY[i - 1]}]
 ONE_ROUND = ["--federation.rounds", 1, "--federation.clients", 2, "--sample.every", 0]

@@ -11,13 +11,14 @@ import torch._dynamo.testing
 from called_graph import Called, use_called_graphs
 from small_datasets import needs_gpu
 
-from fdiff.config import Config, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig, mini
+from fdiff.config import Config, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig
 from fdiff.data import Shard, open_source
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.sampling import Batch, draw
 from fdiff.model import capture, diffusion
 from fdiff.model.unet import ConvNextBlock
+from fdiff.presets import mini
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4)

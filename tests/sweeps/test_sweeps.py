@@ -33,7 +33,7 @@ CPU, ALONE = torch.device("cpu"), RuntimeConfig(threads=1)
 
 TINY = {
     "federation": {"rounds": 2, "local_epochs": 1},
-    "data": {"limit": 64, "image_side": 8, "test_limit": 100},
+    "data": {"limit": 64, "image_side": 8, "channels": 1, "test_limit": 100},
     "model": {"dim": 8, "dim_mults": [1, 2], "head_dim": 8},
     "optim": {"batch_size": 8},
     "sample": {"sampler": "ddim", "steps": 2, "every": 0},
