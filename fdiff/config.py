@@ -17,9 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fdiff import registry
 from fdiff.errors import UserError
 
-Method = Literal["full", "usplit", "ulatdec", "udec"]
+PARTS = ("encoder", "bottleneck", "decoder")
+"""The parts of the models in `KINDS`, in order."""
+KINDS, DATASETS = registry.BUILT_IN["model.kind"], registry.BUILT_IN["data.dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,9 @@ class FederationConfig:
 class DataConfig:
     """Which images, and how they are split among the clients."""
 
-    dataset: Literal["embedded", "fashion-mnist", "celeba", "cifar10", "folder", "silos"] = "embedded"
-    """The data set; `embedded` is an excerpt of Fashion-MNIST in the package (2,000 + 500 images), `silos` what it
-    always is with partition `private`."""
+    dataset: str = "embedded"
+    """The data set: embedded (an excerpt of Fashion-MNIST in the package, 2,000 + 500 images), fashion-mnist, celeba,
+    cifar10, folder, silos (with partition `private`), or your own as MODULE:NAME."""
     root: str | None = None
     """Folder of the data set; with partition `private` a template with {client}: a folder or an HDF5 file each."""
     image_side: int | None = None
@@ -103,6 +106,10 @@ _CHANNELS = {"embedded": 1, "fashion-mnist": 1, "cifar10": 3, "celeba": 3}
 class ModelConfig:
     """The UNet with ConvNeXt blocks; the defaults are the paper's for Fashion-MNIST (2,996,315 parameters)."""
 
+    kind: str = "unet"
+    """The model: unet (the paper's, to which the fields below belong), or your own as MODULE:NAME."""
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Settings of your own model, each given by its name: --model.options.NAME VALUE."""
     dim: int = 28
     """Width of the first stage, in channels."""
     dim_mults: tuple[int, ...] = (1, 2, 4)
@@ -204,8 +211,9 @@ class RuntimeConfig:
 class Config:
     """A whole run. Raises UserError in one line if a value is out of its range."""
 
-    method: Method = "full"
-    """What is shared: full (all), usplit (all, a half by each), ulatdec (bottleneck, decoder), udec (decoder)."""
+    method: str = "full"
+    """What is shared: full (all), usplit (all, a half by each), ulatdec (bottleneck, decoder), udec (decoder), parts
+    joined by + (encoder+decoder), or your own as MODULE:NAME."""
     federation: FederationConfig = field(default_factory=FederationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -216,16 +224,17 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, DataConfig) and self.data.partition == "private":
+        if isinstance(self.data, DataConfig) and self.data.partition == "private" and self.data.dataset in DATASETS:
             object.__setattr__(self, "data", replace(self.data, dataset="silos"))
         validate(self)
+        object.__setattr__(self, "method", _canonical(self.method, self.model.kind))
 
     @property
     def run_dir(self) -> Path:
         """The run folder, given or derived from what the run is."""
         fed, data = self.federation, self.data
         name = f"{data.dataset}-{self.method}-{data.partition}-k{fed.clients}-e{fed.local_epochs}-s{self.run.seed}"
-        return Path(self.run.dir or f"runs/{name}")
+        return Path(self.run.dir or f"runs/{name.replace(':', '.')}")
 
     def saves(self, round: int) -> bool:
         """Whether the run writes a checkpoint of this round by itself, without a signal."""
@@ -281,6 +290,10 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "data.limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.workers": _between(0, 256),
+    "model.options": (
+        lambda v: all(map(_is_option, v.items())),
+        "a table of numbers, words, true, false, null or lists of them, under names like hidden_width",
+    ),
     "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
     "model.dim_mults": (lambda v: 1 <= len(v) <= 8 and all(1 <= m <= 64 for m in v), "1 to 8 numbers from 1 to 64"),
     "model.heads": _between(1, 64),
@@ -304,6 +317,36 @@ _LIMITS: dict[str, tuple[Any, str]] = {
 }
 
 
+def _is_option(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(type(v) in (int, float, str, bool, type(None)) and v == v for v in values)
+    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z]\w*", name)) and plain
+
+
+def _canonical(method: str, kind: str) -> str:
+    """The name of a method that was given as parts of a model in `KINDS`: in their order, or that of the paper."""
+    if kind not in KINDS or not set(method.split("+")) <= set(PARTS):
+        return method
+    shared = "+".join(part for part in PARTS if part in method.split("+"))
+    return {"+".join(PARTS): "full", "bottleneck+decoder": "ulatdec", "decoder": "udec"}.get(shared, shared)
+
+
+def _check_names(config: Config) -> None:
+    """UserError for a method, a model or a data set that nobody knows."""
+    registry.check_name("model.kind", config.model.kind)
+    registry.check_name("data.dataset", config.data.dataset)
+    parts = config.method.split("+")
+    if set(parts) <= set(PARTS) or (config.model.kind not in KINDS and all(map(registry.is_name, parts))):
+        if len(set(parts)) < len(parts):
+            raise UserError(f"method: {config.method!r} names a part twice")
+        return
+    if "+" in config.method and config.method not in registry.names("method"):
+        unknown = next(part for part in parts if part not in PARTS)
+        raise UserError(f"method: {config.method!r} names a part {unknown!r}; the parts are {', '.join(PARTS)}")
+    registry.check_name("method", config.method, f", or some of the parts {', '.join(PARTS)}, joined by +")
+
+
 def validate(config: Config) -> None:
     """Check types, choices, ranges and the fields that depend on each other; UserError names field and remedy."""
     for name, value, annotation in _leaves(config):
@@ -311,12 +354,13 @@ def validate(config: Config) -> None:
         allowed, right = _LIMITS.get(name, (lambda _: True, ""))
         if not allowed(value):
             raise UserError(f"{name}: {value!r} is not valid; it must be {right}")
+    _check_names(config)
     _check_relations(config)
 
 
 def _leaves(config: Config) -> list[tuple[str, Any, Any]]:
     """(dotted name, value, annotation) of every field, e.g. ("federation.clients", 5, int)."""
-    leaves = [("method", config.method, Method)]
+    leaves = [("method", config.method, str)]
     for group, cls in GROUPS.items():
         if not isinstance(getattr(config, group), cls):
             raise UserError(f"{group}: {getattr(config, group)!r} is not valid; it must be a {cls.__name__}")
@@ -334,7 +378,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         if not (isinstance(value, tuple) and all(type(v) is int for v in value)):
             raise UserError(f"{name}: {value!r} is not valid; it must be a list of whole numbers")
         return
-    allowed = get_args(annotation) or (annotation,)
+    allowed = (dict,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
     number = float in allowed and type(value) is int
     if type(value) not in allowed and not number:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
@@ -345,7 +389,7 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
 
 def _check_relations(config: Config) -> None:
     data, model, diffusion = config.data, config.model, config.diffusion
-    factor = 2 ** (len(model.dim_mults) - 1)
+    factor = 2 ** (stages_of(model) - 1)
     side = data.image_side or _SIDES.get(data.dataset, factor)
     if side % factor:
         below = max(factor, side // factor * factor)
@@ -364,6 +408,8 @@ def _check_relations(config: Config) -> None:
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
             f"{diffusion.timesteps}"
         )
+    if model.kind in KINDS and model.options:
+        raise UserError(f"model.options.{min(model.options)}: model.kind {model.kind} has no options; see --model.dim")
     if data.dataset == "silos" and data.partition != "private":
         raise UserError(
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
@@ -374,6 +420,11 @@ def _check_relations(config: Config) -> None:
             f"data.root: {data.root!r} is not valid with data.partition private; it must be a path with {{client}} "
             "in it, e.g. /data/site-{client} or /data/site-{client}.h5"
         )
+
+
+def stages_of(model: ModelConfig) -> int:
+    """The stages between which the model halves the side of an image, as far as its configuration tells."""
+    return len(model.dim_mults) if model.kind in KINDS else 1
 
 
 def _check_schedule(diffusion: DiffusionConfig) -> None:

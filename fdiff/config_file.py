@@ -56,6 +56,14 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _SCALARS}
 
 
+def scalar(text: str) -> Any:
+    """The value of a word, or of a list of words in brackets, as a file has it; what is no YAML is text."""
+    try:
+        return _plain(text)
+    except Exception:
+        return text
+
+
 def as_yaml(config: Config) -> str:
     """The text of a file from which `apply_config_file` makes the same configuration."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)

@@ -1,27 +1,130 @@
 """Who reports and who receives which part in a round, and what that costs. Pure: every rank computes the same plan.
 
-The four methods of FedDiffuse (arXiv 2406.12575, section 3) differ in this file and nowhere else.
+A method is a table: part → who reports it. The four of FedDiffuse (arXiv 2406.12575, section 3) are four entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fdiff.model import PARTS
+from fdiff import registry
+from fdiff.config import PARTS
+from fdiff.errors import UserError, first_line
 from fdiff.seeds import numpy_stream
 
 Reporters = dict[str, tuple[int, ...]]
 
-# The shared parts are always the last ones of PARTS, so that in memory they are one contiguous range.
-SHARED_PARTS: dict[str, tuple[str, ...]] = {
-    "full": PARTS,
-    "usplit": PARTS,
-    "ulatdec": ("bottleneck", "decoder"),
-    "udec": ("decoder",),
+
+class NeedsImages(UserError):
+    """A method asks for the clients' numbers of images, which nobody has told it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method is told of a round: its number, the clients selected, sorted, and the parts of the model, in order.
+
+    Part of a pure function: all that it may depend on is here.
+    """
+
+    round: int
+    selected: tuple[int, ...]
+    parts: tuple[str, ...]
+    _images: Mapping[int, int] | None = field(repr=False)
+    _stream: np.random.Generator = field(repr=False)
+
+    @property
+    def images(self) -> Mapping[int, int]:
+        """Training images of each client of the run. NeedsImages where no data have been opened."""
+        if self._images is None:
+            raise NeedsImages("method: needs the clients' numbers of images, and no data are opened here")
+        return self._images
+
+    def stream(self) -> np.random.Generator:
+        """The round's random numbers, from their start: the same for each part, and on each rank."""
+        return copy.deepcopy(self._stream)
+
+
+Who = Callable[[Selection], Sequence[int]]
+Table = Mapping[str, Who]  # part: who reports it; the part ALL stands for all of the model's
+ALL = "*"
+
+
+def everyone(selection: Selection) -> Sequence[int]:
+    """Every selected client."""
+    return selection.selected
+
+
+def _pairs(selection: Selection) -> Reporters:
+    """Pairs at random: one client reports the encoder, the other the decoder, one of them also the bottleneck."""
+    selected, stream = selection.selected, selection.stream()
+    order = [selected[i] for i in stream.permutation(len(selected))]
+    reporters: dict[str, list[int]] = {part: [] for part in PARTS}
+    for first, second in zip(order[0::2], order[1::2], strict=False):
+        reporters["encoder"].append(first)
+        reporters["decoder"].append(second)
+        reporters["bottleneck"].append((first, second)[stream.integers(2)])
+    if len(order) == 1:
+        return {part: (order[0],) for part in PARTS}
+    if len(order) % 2:  # the odd client out
+        reporters["bottleneck"].append(order[-1])
+        reporters[("encoder", "decoder")[stream.integers(2)]].append(order[-1])
+    return {part: tuple(clients) for part, clients in reporters.items()}
+
+
+METHODS: dict[str, Table] = {
+    "full": {ALL: everyone},
+    "usplit": {
+        "encoder": lambda selection: _pairs(selection)["encoder"],
+        "bottleneck": lambda selection: _pairs(selection)["bottleneck"],
+        "decoder": lambda selection: _pairs(selection)["decoder"],
+    },
+    "ulatdec": {"bottleneck": everyone, "decoder": everyone},
+    "udec": {"decoder": everyone},
 }
+
+
+def table_of(method: str, parts: Sequence[str] = PARTS) -> dict[str, Who]:
+    """The method's table, in the order of the model's parts: its keys are the shared parts, all others are private.
+
+    `method` is one of METHODS, registered, MODULE:NAME, or parts joined by +. UserError if it is none of them, or
+    shares what the model has not.
+    """
+    if method in METHODS:
+        table: Table = METHODS[method]
+    elif registry.is_reference(method) or method in registry.names("method"):
+        table = registry.find("method", method)
+    else:
+        table = dict.fromkeys(method.split("+"), everyone)
+    if not isinstance(table, Mapping) or not table or not all(map(callable, table.values())):
+        raise UserError(f"method: {method} is no table of parts and functions that say who reports them")
+    if ALL in table:
+        return dict.fromkeys(parts, table[ALL])
+    if unknown := [str(part) for part in table if part not in parts]:
+        raise UserError(
+            f"method: {method} shares a part {unknown[0]!r}, which this model does not have; its parts are "
+            f"{', '.join(parts)}: use full, or some of them joined by +"
+        )
+    return {part: table[part] for part in parts if part in table}
+
+
+def shared_parts(method: str, parts: Sequence[str] = PARTS) -> tuple[str, ...]:
+    """The parts that the method shares, in order; `parts` are the model's, and errors as `table_of`."""
+    return tuple(table_of(method, parts))
+
+
+def private_parts(method: str, parts: Sequence[str] = PARTS) -> tuple[str, ...]:
+    """The parts that never leave a client, in order."""
+    shared = shared_parts(method, parts)
+    return tuple(part for part in parts if part not in shared)
+
+
+def methods_for(parts: Sequence[str]) -> list[str]:
+    """The names among METHODS that go with a model of these parts."""
+    return [name for name, table in METHODS.items() if set(table) <= {ALL, *parts}]
 
 
 @dataclass(frozen=True)
@@ -57,41 +160,63 @@ class RoundPlan:
         return merged
 
 
-def plan_round(method: str, clients: int, round: int, seed: int, fraction: float = 1.0) -> RoundPlan:
-    """The plan of a round (from 1) for K clients, of which max(1, C·K), halves rounded up, are selected at random."""
+def plan_round(
+    method: str,
+    clients: int,
+    round: int,
+    seed: int,
+    fraction: float = 1.0,
+    parts: Sequence[str] = PARTS,
+    images: Mapping[int, int] | None = None,
+) -> RoundPlan:
+    """The plan of a round (from 1) for K clients; `images` has the training images of each client, where known.
+
+    UserError if the method names a client that is not selected, or lets nobody report a part that it shares.
+    """
+    selected, stream = _select(clients, round, seed, fraction)
+    selection = Selection(round, selected, tuple(parts), images, stream)
+    table = table_of(method, parts)
+    return RoundPlan(round, selected, {part: _ask(method, part, who, selection) for part, who in table.items()})
+
+
+def select_clients(clients: int, round: int, seed: int, fraction: float) -> tuple[int, ...]:
+    """The clients of a round, sorted: max(1, C·K), halves rounded up, of K, at random."""
+    return _select(clients, round, seed, fraction)[0]
+
+
+def _select(clients: int, round: int, seed: int, fraction: float) -> tuple[tuple[int, ...], np.random.Generator]:
     stream = numpy_stream(seed, "plan", round=round)
     count = max(1, round_half_up(fraction * clients))
-    selected = tuple(sorted(map(int, stream.permutation(clients)[:count])))
-    if method == "usplit":
-        return RoundPlan(round, selected, _usplit(selected, stream))
-    return RoundPlan(round, selected, {part: selected for part in SHARED_PARTS[method]})
+    return tuple(sorted(map(int, stream.permutation(clients)[:count]))), stream
 
 
-def is_first(method: str, clients: int, round: int, seed: int, fraction: float, client: int) -> bool:
+def _ask(method: str, part: str, who: Who, selection: Selection) -> tuple[int, ...]:
+    """The clients that report a part, sorted."""
+    try:
+        reporters = tuple(sorted({int(client) for client in who(selection)}))
+    except UserError:
+        raise
+    except Exception as error:  # of somebody's function
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"method: {method} fails for the part {part} in round {selection.round} ({reason})") from None
+    if not reporters:
+        raise UserError(f"method: {method} lets nobody report the part {part} in round {selection.round}")
+    if stranger := sorted(set(reporters) - set(selection.selected)):
+        raise UserError(
+            f"method: {method} has client {stranger[0]} report the part {part} in round {selection.round}, and only "
+            f"{', '.join(map(str, selection.selected))} are selected"
+        )
+    return reporters
+
+
+def is_first(clients: int, round: int, seed: int, fraction: float, client: int) -> bool:
     """Whether a client that is selected in this round has not been selected before."""
-    earlier = (plan_round(method, clients, r, seed, fraction).selected for r in range(1, round))
-    return not any(client in selected for selected in earlier)
+    return not any(client in select_clients(clients, r, seed, fraction) for r in range(1, round))
 
 
 def round_half_up(x: float) -> int:
     """Nearest whole number; halves go up (Python's round goes to even)."""
     return int(x + 0.5)
-
-
-def _usplit(selected: Sequence[int], stream: np.random.Generator) -> Reporters:
-    """Pairs at random: one client reports the encoder, the other the decoder, one of them also the bottleneck."""
-    order = [selected[i] for i in stream.permutation(len(selected))]
-    reporters: dict[str, list[int]] = {part: [] for part in PARTS}
-    for first, second in zip(order[0::2], order[1::2], strict=False):
-        reporters["encoder"].append(first)
-        reporters["decoder"].append(second)
-        reporters["bottleneck"].append((first, second)[stream.integers(2)])
-    if len(order) == 1:
-        return {part: (order[0],) for part in PARTS}
-    if len(order) % 2:  # the odd client out
-        reporters["bottleneck"].append(order[-1])
-        reporters[("encoder", "decoder")[stream.integers(2)]].append(order[-1])
-    return {part: tuple(sorted(clients)) for part, clients in reporters.items()}
 
 
 # --- hosting -------------------------------------------------------------------------------------------------------
@@ -130,9 +255,9 @@ def communicated_parameters(plan: RoundPlan, sizes: Mapping[str, int], new: int)
     return download + sum(len(reporters) * sizes[part] for part, reporters in plan.reporters.items())
 
 
-def new_clients(plan: RoundPlan, method: str, clients: int, seed: int, fraction: float) -> int:
+def new_clients(plan: RoundPlan, clients: int, seed: int, fraction: float) -> int:
     """How many of a round's clients are selected for the first time; other arguments as those of `plan_round`."""
-    return sum(is_first(method, clients, plan.round, seed, fraction, client) for client in plan.selected)
+    return sum(is_first(clients, plan.round, seed, fraction, client) for client in plan.selected)
 
 
 def count_new(plans: Iterable[RoundPlan]) -> list[int]:

@@ -19,6 +19,7 @@ FLOORS = [
     {"comm", "checkpoint", "data", "plan", "config_file"},
     {"runtime", "model", "presets"},
     {"config"},
+    {"registry"},
     {"errors", "seeds"},
     {"__init__"},
 ]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdiff.config import Config, FederationConfig
-from fdiff.federation.forecast import forecast_run, sizes_of
-from fdiff.model.unet import PARTS
+from fdiff.federation.forecast import forecast_run
+from fdiff.model import PARTS, sizes_of
 from fdiff.plan import (
-    SHARED_PARTS,
+    METHODS,
     communicated_parameters,
     count_new,
     host_of,
@@ -21,6 +21,7 @@ from fdiff.plan import (
     is_first,
     plan_round,
     reporting_ranks,
+    shared_parts,
     wire_bytes,
 )
 from fdiff.presets import preset
@@ -36,7 +37,7 @@ def parts_of(plan, client) -> set[str]:
     return {part for part, reporters in plan.reporters.items() if client in reporters}
 
 
-@given(st.sampled_from(list(SHARED_PARTS)), clients, rounds, seeds, fractions)
+@given(st.sampled_from(list(METHODS)), clients, rounds, seeds, fractions)
 def test_selection_is_a_sorted_subset_of_the_right_size(method, k, round, seed, fraction):
     plan = plan_round(method, k, round, seed, fraction)
     assert list(plan.selected) == sorted(set(plan.selected))
@@ -48,7 +49,7 @@ def test_selection_is_a_sorted_subset_of_the_right_size(method, k, round, seed, 
 @given(st.sampled_from(["full", "ulatdec", "udec"]), clients, rounds, seeds, fractions)
 def test_every_selected_client_reports_every_shared_part(method, k, round, seed, fraction):
     plan = plan_round(method, k, round, seed, fraction)
-    assert plan.reporters == {part: plan.selected for part in SHARED_PARTS[method]}
+    assert plan.reporters == {part: plan.selected for part in shared_parts(method)}
 
 
 @given(clients, rounds, seeds, fractions)
@@ -88,7 +89,7 @@ def test_hosting_gives_neighbours_to_a_rank_and_knows_them(k, ranks):
     assert all(host_of(client, k, ranks) == rank for rank, own in enumerate(hosted) for client in own)
 
 
-@given(st.sampled_from(list(SHARED_PARTS)), clients, st.integers(1, 11), rounds, seeds, fractions)
+@given(st.sampled_from(list(METHODS)), clients, st.integers(1, 11), rounds, seeds, fractions)
 def test_wire_bytes_follow_the_closed_form(method, k, ranks, round, seed, fraction):
     ranks = min(ranks, k)
     plan = plan_round(method, k, round, seed, fraction)
@@ -119,16 +120,16 @@ def test_a_first_round_downloads_the_whole_model():
     assert communicated_parameters(later, SIZES, 0) == 3 * 2 * SIZES["decoder"]
 
 
-@pytest.mark.parametrize("method", SHARED_PARTS)
+@pytest.mark.parametrize("method", METHODS)
 def test_with_a_fraction_only_selected_clients_count_and_download_the_model_once(method):
     """The authors' count: the whole model when a client is first selected, the shared parts whenever it is again."""
     plans = [plan_round(method, 10, round, 3, 0.3) for round in range(1, 9)]
-    total, shared = sum(SIZES.values()), sum(SIZES[part] for part in SHARED_PARTS[method])
+    total, shared = sum(SIZES.values()), sum(SIZES[part] for part in shared_parts(method))
     seen: set[int] = set()
     for plan, new in zip(plans, count_new(plans), strict=True):
         expected = sum(shared if client in seen else total for client in plan.selected)
-        expected += sum(SIZES[part] for part in SHARED_PARTS[method] for _ in plan.reporters[part])
-        assert new == sum(is_first(method, 10, plan.round, 3, 0.3, client) for client in plan.selected)
+        expected += sum(SIZES[part] for part in shared_parts(method) for _ in plan.reporters[part])
+        assert new == sum(is_first(10, plan.round, 3, 0.3, client) for client in plan.selected)
         seen.update(plan.selected)
         assert communicated_parameters(plan, SIZES, new) == expected
     config = Config(method=method, federation=FederationConfig(clients=10, rounds=8, fraction=0.3))

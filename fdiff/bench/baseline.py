@@ -22,9 +22,8 @@ from torchvision import transforms
 
 from fdiff import seeds
 from fdiff.config import Config
-from fdiff.errors import RunError
-from fdiff.federation import build_model
-from fdiff.model import Encoder, LinearAttention, UNet, alphas_cumprod
+from fdiff.errors import RunError, UserError
+from fdiff.model import Encoder, LinearAttention, UNet, alphas_cumprod, build_model
 
 
 class Pictures(Dataset):
@@ -46,6 +45,8 @@ class Pictures(Dataset):
 def plain_unet(config: Config) -> UNet:
     """The model with the same initial weights and without our layout and our order of products."""
     model = build_model(config)
+    if not isinstance(model, UNet):
+        raise UserError(f"model.kind: the loop that everybody writes is there for unet, not for {config.model.kind}")
     model.encoder.forward = MethodType(_encode, model.encoder)
     for module in model.modules():
         if isinstance(module, LinearAttention):

@@ -21,7 +21,8 @@ from fdiff.comm import Collectives, Communicator
 from fdiff.config import Config
 from fdiff.errors import UserError
 from fdiff.federation import Federation, itemsize
-from fdiff.plan import SHARED_PARTS, wire_bytes
+from fdiff.model import parts_of
+from fdiff.plan import methods_for, wire_bytes
 
 WIDTHS = (28, 64, 128)  # 3.0, 14.9 and 58.4 million parameters of the paper's model
 REPEATS, WARMUP = 15, 3
@@ -34,7 +35,7 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
     full = replace(config, method="full")
     cases = [(replace(full, model=replace(config.model, dim=dim)), comm.size) for dim in WIDTHS]
     cases += [(full, 2 * comm.size)]
-    cases += [(replace(config, method=method), comm.size) for method in SHARED_PARTS if method != "full"]
+    cases += [(replace(config, method=method), comm.size) for method in methods_for(parts_of(config))[1:]]
     return [r for case, clients in cases for r in _measure(no_training.quiet(case, clients), comm, device)]
 
 

@@ -17,8 +17,9 @@ from fdiff.bench.network import INTERFACE
 from fdiff.bench.wire import as_rows
 from fdiff.comm import Collectives, Communicator, Sum, connect, exchange_json
 from fdiff.config import Config, from_dict
-from fdiff.federation import seconds
-from fdiff.plan import SHARED_PARTS, RoundPlan, plan_round, reporting_ranks, wire_bytes
+from fdiff.federation import plan_of, seconds
+from fdiff.model import parts_of
+from fdiff.plan import RoundPlan, methods_for, reporting_ranks, wire_bytes
 from fdiff.runtime import launcher, set_up
 
 ROUNDS, WARMUP = 6, 2
@@ -32,7 +33,8 @@ def main(file: str, mbit_per_s: str) -> None:
     device = set_up(config.runtime, launch)
     comm = connect(config.runtime, launch)
     comm.open(device)
-    results = [r for method in SHARED_PARTS for r in measure(replace(config, method=method), comm, float(mbit_per_s))]
+    methods = methods_for(parts_of(config))
+    results = [r for method in methods for r in measure(replace(config, method=method), comm, float(mbit_per_s))]
     if comm.rank == 0:
         print(json.dumps(as_rows(results)))
     comm.close()
@@ -63,7 +65,7 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
 
 
 def _plan(config: Config, round: int) -> RoundPlan:
-    return plan_round(config.method, config.federation.clients, round, config.run.seed)
+    return plan_of(config, round, parts_of(config))
 
 
 def _payload() -> int:

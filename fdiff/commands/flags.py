@@ -12,25 +12,16 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fdiff.config import (
-    GROUPS,
-    PATHS,
-    Config,
-    Method,
-    RuntimeConfig,
-    flat,
-    from_dict,
-    nearest,
-    to_dict,
-)
-from fdiff.config_file import apply_config_file, as_yaml
+from fdiff import registry
+from fdiff.config import GROUPS, PATHS, Config, RuntimeConfig, flat, from_dict, nearest, to_dict
+from fdiff.config_file import apply_config_file, as_yaml, scalar
 from fdiff.errors import UserError
 from fdiff.presets import PRESETS, preset
 from fdiff.runtime import expand_path, launcher
@@ -50,12 +41,19 @@ COMMANDS = {
     "doctor": "what this machine has, what is missing, and how to get it",
 }
 
+OPENS_RUNS = ("sample", "evaluate", "export", "report", "sweep", "verify")  # which may name code
 CHECKED = (bool, int, float, Path)  # flags of these types: see `_in_full`
 GROUP_FLAGS = {f"--{group}" for group in GROUPS}  # the parser's own, which would read files in its own way
 DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 SAYS_WHAT = ("--preset", "--config", "--array", "--sweep", "--method", *(f"--{g}." for g in GROUPS if g != "runtime"))
 
-METHOD_HELP = "shared parts: full, usplit (all three), ulatdec (bottleneck and decoder), udec (decoder)"
+METHOD_HELP = (
+    "shared parts: full, usplit (all three), ulatdec (bottleneck and decoder), udec (decoder), parts joined by + "
+    "(encoder+decoder), or your own as MODULE:NAME"
+)
+CODE_HELP = "your own code, MODULE:NAME, that the run was made with: it is loaded only where it is named again"
+CODE_FLAGS = {field.partition(".")[0] for field in registry.FIELDS}  # as the parser has them
+OPTION = "--model.options."
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,47 @@ def parse(arguments: list[str]) -> Request:
     run = importlib.import_module(f"fdiff.commands.{name}").run
     parser = _parser(name, run)
     flags = _in_full(parser, flags)
+    _allow_code(flags)
     if not _takes(run, "config"):
-        return Request(name, run, _instantiate(run, _parse_flags(parser, flags)))
+        values = _parse_flags(parser, flags)
+        return Request(name, run, _instantiate(run, {k: v for k, v in values.items() if k not in CODE_FLAGS}))
+    options, flags = _options(flags)
     base, print_config, flags = _base(flags)
-    parser.set_defaults(flat(to_dict(base)))
+    options = {**base.model.options, **options}
+    parser.set_defaults(flat(to_dict(replace(base, model=replace(base.model, options={})))))
     values = _parse_flags(parser, flags)
+    values["model"] |= {"options": options}
     config = from_dict({group: values.pop(group) for group in ("method", *GROUPS)})
     if print_config:
         print(as_yaml(config), end="")
         sys.exit(0)
+    for field in registry.FIELDS:  # better refused now than when the ranks have met
+        if (chosen := flat(to_dict(config))[field]) not in registry.BUILT_IN[field] and _is_code(field, chosen):
+            registry.find(field, chosen)
     return Request(name, run, {"config": config, **values})
+
+
+def _is_code(field: str, name: str) -> bool:
+    return registry.is_reference(name) or name in registry.names(field)
+
+
+def _allow_code(flags: Sequence[str]) -> None:
+    """Let the code be loaded that these flags name."""
+    for name, _, value in (flag.removeprefix("--").partition("=") for flag in flags):
+        if name in registry.FIELDS and registry.is_reference(value):
+            registry.allow(name, value)
+
+
+def _options(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a model of the user's own among the flags, as YAML has them, and the other flags."""
+    given = [flag for flag in flags if flag.startswith(OPTION)]
+    options = {}
+    for flag in given:
+        name, equals, value = flag.removeprefix(OPTION).partition("=")
+        if not equals:
+            raise UserError(f"model.options.{name}: has no value; give it as {OPTION}{name} VALUE")
+        options[name] = scalar(value)
+    return options, [flag for flag in flags if flag not in given]
 
 
 def _parser(name: str, run: Callable[..., None]) -> ArgumentParser:
@@ -123,9 +152,12 @@ def _parser(name: str, run: Callable[..., None]) -> ArgumentParser:
         over = "YAML file of fields, over the preset and under the flags"
         parser.add_argument("--config", metavar="FILE", type=Path, help=over)
         parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
-        parser.add_argument("--method", type=Method, help=METHOD_HELP)
+        parser.add_argument("--method", type=str, help=METHOD_HELP)
         for group, fields in GROUPS.items():
             parser.add_class_arguments(fields, group)
+    elif name in OPENS_RUNS:
+        for field in registry.FIELDS:
+            parser.add_argument(f"--{field}", type=str, metavar="MODULE:NAME", help=CODE_HELP)
     return parser
 
 
@@ -174,6 +206,9 @@ def _in_full(parser: ArgumentParser, flags: list[str]) -> list[str]:
     while left:
         flag, equals, value = left.pop(0).partition("=")
         name = flag.removeprefix("--") if "." in flag else flag  # a field is named as everywhere
+        takes_word = flag.startswith(OPTION) or flag.removeprefix("--") in registry.FIELDS
+        if takes_word and not equals and left and not left[0].startswith("--"):
+            equals, value = "=", left.pop(0)
         if flag in GROUP_FLAGS:
             raise UserError(f"{flag}: is a group of fields; give each by itself: {parser.prog} --help lists them")
         if (kind := kinds.get(flag)) is None:

@@ -9,7 +9,16 @@ from typing import Any
 from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.federation import GIB, Memory, forecast_run, infer_image_shape, memory_of_rank, methods_table
+from fdiff.federation import (
+    GIB,
+    Memory,
+    count_images,
+    forecast_run,
+    infer_image_shape,
+    memory_of_rank,
+    methods_table,
+)
+from fdiff.plan import NeedsImages
 
 
 def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwidth: float | None = None) -> None:
@@ -27,7 +36,12 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     if bandwidth is not None and not bandwidth > 0:
         raise UserError(f"--bandwidth: {bandwidth} is not valid; it must be greater than 0 Mbit/s")
     config = _with_image_shape(config)
-    cost = forecast_run(config, ranks, bandwidth)
+    images = None
+    try:
+        cost = forecast_run(config, ranks, bandwidth)
+    except NeedsImages:
+        images = count_images(config)
+        cost = forecast_run(config, ranks, bandwidth, images)
     if json:
         print(json_module.dumps(cost))
         return
@@ -45,7 +59,7 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
         print(_time(cost, bandwidth))
     print(_memory(memory_of_rank(config, 0, ranks)))
     print(f"\nall methods, {config.federation.rounds} rounds, {clients} clients on {ranks} ranks:")
-    print(methods_table(config, ranks))
+    print(methods_table(config, ranks, images))
 
 
 def _with_image_shape(config: Config) -> Config:

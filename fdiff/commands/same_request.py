@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
 from fdiff import __version__
 from fdiff.comm import Communicator, exchange_json
 from fdiff.commands.flags import Request
-from fdiff.config import flat, to_dict
+from fdiff.config import KINDS, PARTS, flat, to_dict
 from fdiff.errors import UserError
-from fdiff.plan import plan_round
+from fdiff.federation import checksum_of, find_differences, plan_of
 
 log = logging.getLogger(__name__)
 
@@ -40,22 +39,7 @@ def facts_of(request: Request) -> dict[str, str]:
     facts = {"fdiff's version": __version__, "command": request.name}
     facts |= {name: repr(value) for name, value in flat(fields).items() if name not in MAY_DIFFER}
     facts |= {f"--{name}": str(value) for name, value in flags.items()}
-    if config:
-        fed = config.federation
-        plan = plan_round(config.method, fed.clients, 1, config.run.seed, fed.fraction)
-        facts["the plan's checksum"] = hashlib.sha256(repr(plan).encode()).hexdigest()[:12]
+    if config and config.model.kind in KINDS:
+        with suppress(UserError):  # it may need the images; what is wrong with it is said when the training starts
+            facts["the plan's checksum"] = checksum_of(plan_of(config, 1, PARTS))
     return facts
-
-
-def find_differences(everyone: Sequence[Mapping[str, str]]) -> list[str]:
-    """A phrase for each fact that is not the same on all ranks, e.g. "optim.lr: 0.1 on rank 0, 0.2 on ranks 1, 2"."""
-    names = dict.fromkeys(name for facts in everyone for name in facts)
-    found = []
-    for name in names:
-        ranks: dict[str, list[str]] = {}
-        for rank, facts in enumerate(everyone):
-            ranks.setdefault(facts.get(name, "not there"), []).append(str(rank))
-        if len(ranks) > 1:
-            said = [f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items()]
-            found.append(f"{name}: {', '.join(said)}")
-    return found

@@ -66,5 +66,5 @@ def _trainer_with(saved: Saved, config: Config, device: torch.device, client: in
     ema = saved.has_ema if ema is None else ema
     check_choice(saved, client, ema)
     trainer = Trainer(config, device)
-    trainer.buckets.flat.copy_(saved.parameters(client, ema))
+    saved.fill(trainer.buckets, client, ema)
     return trainer

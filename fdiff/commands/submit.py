@@ -12,13 +12,13 @@ import shutil
 import time as clock
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fdiff import sweeps
+from fdiff import registry, sweeps
 from fdiff.commands.submit_job import Sweeping, Training, load_submitit, slurm_state
-from fdiff.config import Config, RuntimeConfig, to_dict
+from fdiff.config import Config, flat, to_dict
 from fdiff.config_file import apply_config_file, as_yaml
 from fdiff.errors import RunError, UserError
 from fdiff.federation import check_ranks
@@ -123,7 +123,9 @@ def run(
     if sweep is None:
         configs = [config] if array is None else [apply_config_file(config, file, "--array") for file in _files(array)]
         _check_runs(configs, nodes * tasks_per_node, resume)
-        tasks = [Task(c.run_dir, [c], Training(_keep(as_yaml(c), log_dir), resume, max_requeues)) for c in configs]
+        files = [_keep(as_yaml(c), log_dir) for c in configs]
+        calls = [Training(file, resume, max_requeues, _code(c)) for file, c in zip(files, configs, strict=True)]
+        tasks = [Task(c.run_dir, [c], call) for c, call in zip(configs, calls, strict=True)]
     else:
         tasks = [_sweep(sweep, config, array, nodes * tasks_per_node, log_dir, max_requeues)]
     executor = _executor(cluster, log_dir, resources, {name: value for name, value in site.items() if value})
@@ -203,7 +205,10 @@ def _sweep(
     """The job of a sweep, which goes on with what its folder holds. UserError names what does not go with it."""
     if array is not None:
         raise UserError(f"--array: {array!r} does not go with --sweep, which is one job; submit each by itself")
-    if replace(config, runtime=RuntimeConfig(), run=replace(config.run, dir=None)) != Config():
+    code = _code(config)
+    besides = {"run.dir", *(flag.partition("=")[0].removeprefix("--") for flag in code)}
+    fields, plain = flat(to_dict(config)), flat(to_dict(Config()))
+    if any(plain.get(n) != v for n, v in fields.items() if n not in besides and not n.startswith("runtime.")):
         raise UserError("--sweep: the file says what runs; besides it give only --run.dir and --runtime.*")
     path = sweeps.find(str(name))
     out = Path(config.run.dir or f"runs/{path.stem}").absolute()
@@ -213,7 +218,13 @@ def _sweep(
     given = {n: v for n, v in to_dict(config.runtime).items() if v is not None}
     flags = tuple(f"--runtime.{n}={str(v).lower() if v in (True, False) else v}" for n, v in given.items())
     file = _keep(path.read_text(encoding="utf-8"), log_dir)
-    return Task(out, runs, Sweeping(file, out, flags, max_requeues))
+    return Task(out, runs, Sweeping(file, out, (*flags, *code), max_requeues))
+
+
+def _code(config: Config) -> tuple[str, ...]:
+    """The flags that name again what of this configuration is the user's own code: a file alone may not."""
+    fields = flat(to_dict(config))
+    return tuple(f"--{name}={fields[name]}" for name in registry.FIELDS if registry.is_reference(fields[name]))
 
 
 def _keep(text: str, log_dir: Path) -> Path:

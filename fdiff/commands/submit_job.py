@@ -46,28 +46,30 @@ class Training:
     config_file: Path
     resume: bool
     max_requeues: int
+    code: tuple[str, ...] = ()  # flags that name what is the user's own
 
     def __call__(self) -> None:
         """Train until done, or until told to stop and then requeue; exits with the training's status if not 0."""
 
         def words(begun: int) -> list[str]:
-            return ["train", "--config", str(self.config_file)] + ["--resume"] * (self.resume or begun > 0)
+            resume = ["--resume"] * (self.resume or begun > 0)
+            return ["train", "--config", str(self.config_file), *resume, *self.code]
 
         _carry_out(words, self.max_requeues)
 
 
 @dataclass(frozen=True)
 class Sweeping:
-    """The same for a sweep, which needs no flag to go on. `runtime` are flags."""
+    """The same for a sweep, which needs no flag to go on. `flags` are those of `runtime`, and name the user's code."""
 
     file: Path
     out: Path
-    runtime: tuple[str, ...]
+    flags: tuple[str, ...]
     max_requeues: int
 
     def __call__(self) -> None:
         """Run the sweep as `Training` trains."""
-        words = ["sweep", str(self.file), "--out", str(self.out), *self.runtime]
+        words = ["sweep", str(self.file), "--out", str(self.out), *self.flags]
         _carry_out(lambda begun: words, self.max_requeues)
 
 

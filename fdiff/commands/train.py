@@ -10,7 +10,7 @@ from fdiff import federation
 from fdiff.checkpoint import generations
 from fdiff.comm import Communicator
 from fdiff.config import Config
-from fdiff.federation import Federator, methods_table
+from fdiff.federation import Federator, images_of, methods_table, read_setting
 from fdiff.runtime import heeding_signals, launcher
 
 
@@ -31,7 +31,7 @@ def run(config: Config, comm: Communicator, device: torch.device, *, resume: boo
     if (grid := Federator(config).grid_path(max(done, fed.rounds))).exists():
         print(f"sample grid  {grid}")
     print(f"\nwhat each method communicates in {fed.rounds} rounds with {fed.clients} clients on {comm.size} ranks:")
-    print(methods_table(config, comm.size))
+    print(methods_table(config, comm.size, images_of(read_setting(folder))))
 
 
 def newest_round(folder: Path) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fdiff.config import DataConfig
 from fdiff.data.decoding import decode, read_header
 from fdiff.data.loaders import load
+from fdiff.data.own_images import OwnImages
 from fdiff.data.sources import Split
 from fdiff.errors import UserError
 
@@ -51,6 +52,9 @@ def inspect(split: Split, rows: Sequence[int], data: DataConfig) -> Findings:
     if isinstance(split.images, np.ndarray):
         _, channels, *size = split.images.shape
         return Findings(len(rows), tuple(size), tuple(size), len(rows) * (channels == 3)) if len(rows) else Findings()
+    own, asked = isinstance(split.images, OwnImages), len(rows)
+    if own and None not in (data.image_side, data.channels) and data.on_bad_image == "stop":
+        rows = rows[:1]  # a set of the user's own has no headers, and what it gives is checked when it is read
     cuts = [np.asarray(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     workers = data.workers if len(rows) > FEW else 0
     table = np.concatenate([*(b.numpy() for b in load(_reader(split, data), split.name, cuts, workers)), _NOTHING])
@@ -60,7 +64,8 @@ def inspect(split: Split, rows: Sequence[int], data: DataConfig) -> Findings:
         return Findings(unfit=unfit)
     by_side = fit[np.lexsort((fit[:, :2].max(1), fit[:, :2].min(1)))]
     counts = fit[:, 2:].sum(0).tolist()
-    return Findings(len(fit), tuple(by_side[0, :2].tolist()), tuple(by_side[-1, :2].tolist()), *counts, unfit)
+    ends = tuple(by_side[0, :2].tolist()), tuple(by_side[-1, :2].tolist())
+    return Findings(asked - len(unfit), *ends, *counts, unfit)
 
 
 def merge(found: Sequence[Findings | dict[str, Any]]) -> Findings:
@@ -116,6 +121,9 @@ def _reader(split: Split, data: DataConfig) -> Any:
 
 
 def _look(split: Split, row: int, data: DataConfig, decoding: bool) -> tuple[int, ...]:
+    if isinstance(split.images, OwnImages):
+        channels, height, width = split.images.image(row).shape
+        return height, width, channels == 3, 0, 0
     header = read_header(split.images[row], data.max_pixels)
     if decoding:
         decode(split.images[row], data.max_pixels, data.background)
@@ -127,4 +135,5 @@ def _why(split: Split, row: int, data: DataConfig) -> str:
         _look(split, row, data, True)
     except UserError as error:
         return str(error)
-    return f"{split.images[row]}: cannot always be read"
+    where = split.name if isinstance(split.images, OwnImages) else split.images[row]
+    return f"{where}: cannot always be read"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
 
+from fdiff.data.own_images import OwnImages
 from fdiff.data.sources import Split
 from fdiff.errors import UserError
 
@@ -23,8 +24,8 @@ def list_split(split: Split, root: str | None) -> list[str]:
     The last line is the checksum of the labels. UserError if a file is gone.
     """
     labels = f"labels, BLAKE3 {_labels(split)}"
-    if isinstance(split.images, np.ndarray):
-        return [f"{len(split)} images, BLAKE3 {_digest([split.images])}", labels]
+    if not isinstance(split.images, list):
+        return [f"{len(split)} images, BLAKE3 {_digest(_pixels(split.images))}", labels]
     return [f"{_name(path, root)}, {_size(path)} bytes" for path in split.images] + [labels]
 
 
@@ -43,17 +44,31 @@ def first_difference(lists: Sequence[Sequence[str]]) -> str | None:
 def fingerprint(split: Split, root: str | None) -> dict[str, str]:
     """Checksums of a split's names, sizes, contents and labels; neither the place of `root` nor times count.
 
-    Contents are all bytes of images in memory, or of files up to WHOLE bytes; of more a fixed sample of the files.
+    Contents are all bytes of images in memory, else of up to WHOLE bytes of files or images, of more a fixed sample.
     UserError if a file is gone.
     """
-    if isinstance(split.images, np.ndarray):
-        names, sizes, contents = "", [*split.images.shape], _digest([split.images])
+    if not isinstance(split.images, list):
+        shape = split.images.shape if isinstance(split.images, np.ndarray) else (len(split),)
+        names, sizes, contents = "", [*shape], _digest(_pixels(split.images))
     else:
         names = "\n".join([*(_name(path, root) for path in split.images), *split.classes])
         sizes = [_size(path) for path in split.images]
         contents = _digest(_bytes(split.images[row]) for row in _sample(sizes))
     return {"names": _digest([names.encode()]), "sizes": _digest([str(sizes).encode()]), "contents": contents,
             "labels": _labels(split)}  # fmt: skip
+
+
+def _pixels(images: np.ndarray | OwnImages) -> Iterator[np.ndarray]:
+    """All images in memory, or so many of another set, in a fixed order, as make up WHOLE bytes."""
+    if isinstance(images, np.ndarray):
+        yield images
+        return
+    left = WHOLE
+    for row in np.random.RandomState(0).permutation(len(images)):
+        if left <= 0:
+            return
+        yield (image := images.image(row))
+        left -= image.nbytes
 
 
 def _sample(sizes: Sequence[int]) -> list[int]:

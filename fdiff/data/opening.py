@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fdiff.config import DataConfig
+from fdiff.config import DATASETS, DataConfig
 from fdiff.data.celeba import read_celeba
 from fdiff.data.cifar10 import read_cifar10
 from fdiff.data.fashion_mnist import read_embedded, read_fashion_mnist
 from fdiff.data.folder import read_folder
 from fdiff.data.hdf5 import read_hdf5
 from fdiff.data.inspection import infer_shape, inspect
+from fdiff.data.own_images import OwnImages, open_own
 from fdiff.data.partition import partition_indices
-from fdiff.data.sources import ArraySource, FileSource, Source, Split
+from fdiff.data.sources import ArraySource, FileSource, OwnSource, Source, Split
 from fdiff.errors import UserError
 
 READERS: dict[str, Callable[[DataConfig, str], Split]] = {
@@ -34,15 +35,19 @@ def read_split(data: DataConfig, split: str) -> Split:
     """
     if data.partition == "private":
         raise UserError("data.partition: private images have no whole data set; each client opens its own")
-    return _limited(READERS[data.dataset](data, split), data, split)
+    found = READERS[data.dataset](data, split) if data.dataset in READERS else _own(data, data.root, split)
+    return _limited(found, data, split)
 
 
 def read_client_split(data: DataConfig, client: int, split: str) -> Split:
-    """A client's own images with partition `private`: the folder or HDF5 file at `data.root`, limited as above.
+    """A client's own images with partition `private`: the folder or HDF5 file at `data.root`, or what a set of the
+    user's own has for it, limited as above.
 
     UserError where it is missing or damaged, or has no such split.
     """
     root = Path((data.root or "").replace("{client}", str(client)))
+    if data.dataset not in DATASETS:
+        return _limited(_own(data, str(root), split), data, split)
     try:
         is_folder, is_file = root.is_dir(), root.is_file()
     except OSError as error:
@@ -58,8 +63,9 @@ def read_client_split(data: DataConfig, client: int, split: str) -> Split:
 
 def as_source(split: Split, data: DataConfig) -> Source:
     """The images of the split in the shape that `data` gives them."""
-    kind = ArraySource if isinstance(split.images, np.ndarray) else FileSource
-    return kind(split, data)
+    if isinstance(split.images, OwnImages):
+        return OwnSource(split, data)
+    return (ArraySource if isinstance(split.images, np.ndarray) else FileSource)(split, data)
 
 
 def _open(split: Split, data: DataConfig) -> Source:
@@ -97,6 +103,10 @@ def without_unfit(split: Split, unfit: dict[int, str]) -> Split:
     if len(unfit) == len(split):
         raise UserError(f"{split.name}: holds no image that is fit: {next(iter(unfit.values()))}")
     return split.take(np.setdiff1d(np.arange(len(split)), list(unfit)))
+
+
+def _own(data: DataConfig, root: str | None, split: str) -> Split:
+    return Split(*open_own(data.dataset, root, split))
 
 
 def _folder_root(data: DataConfig) -> Path:

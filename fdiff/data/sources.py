@@ -14,19 +14,21 @@ from torch import Tensor
 from fdiff.config import DataConfig
 from fdiff.data.decoding import decode
 from fdiff.data.images import BLOCK, fit, prepare
+from fdiff.data.own_images import OwnImages
 from fdiff.errors import UserError
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a reader finds: images uint8 (n, C, H, W), C 1 or 3, or their n files; integer labels (n,), if it has any.
+    """What a reader finds: images uint8 (n, C, H, W), C 1 or 3, or n files, or a set of the user's own; integer labels
+    (n,), if it has any.
 
     `name` tells data set, split and place, for errors and reports. `classes` are the names of label 0, 1, …, where
     folders have them. `by_area`: resize as `prepare` does by area.
     """
 
     name: str
-    images: np.ndarray | list[Path]
+    images: np.ndarray | list[Path] | OwnImages
     labels: np.ndarray | None
     classes: tuple[str, ...] = ()
     by_area: bool = False
@@ -36,7 +38,10 @@ class Split:
 
     def take(self, rows: np.ndarray) -> Split:
         """The images at `rows` (m,), in that order."""
-        images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
+        if isinstance(self.images, OwnImages):
+            images = self.images.take(rows)
+        else:
+            images = self.images[rows] if isinstance(self.images, np.ndarray) else [self.images[row] for row in rows]
         return replace(self, images=images, labels=None if self.labels is None else self.labels[rows])
 
     def numbered_by(self, classes: Sequence[str]) -> Split:
@@ -101,10 +106,21 @@ class ArraySource(_Base):
         return (block.numpy().tobytes() for block in self._images.split(BLOCK))
 
 
-class FileSource(_Base):
-    """A `Source` that reads an image's file each time it is asked for it."""
-
+class _OneByOne(_Base):
     decodes = True
+
+    def image(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
+        for row, index in zip(out, indices, strict=True):
+            row.copy_(self.image(int(index)))
+        return out
+
+
+class FileSource(_OneByOne):
+    """A `Source` that reads an image's file each time it is asked for it."""
 
     def __init__(self, split: Split, data: DataConfig) -> None:
         super().__init__(split, data)
@@ -114,16 +130,25 @@ class FileSource(_Base):
         image = decode(self.paths[index], self._max_pixels, self._background)
         return fit(image, self.shape[1], self.shape[0])
 
-    def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-        for row, index in zip(out, indices, strict=True):
-            row.copy_(self.image(int(index)))
-        return out
-
     def identity(self) -> Iterator[bytes]:
         for path in self.paths:
             state = path.stat()
             yield f"{path} {state.st_size} {state.st_mtime_ns}\n".encode()
+
+
+class OwnSource(_OneByOne):
+    """A `Source` that asks a set of the user's own for an image each time."""
+
+    def __init__(self, split: Split, data: DataConfig) -> None:
+        super().__init__(split, data)
+        self._images = split.images
+
+    def image(self, index: int) -> Tensor:
+        channels, side, _ = self.shape
+        return prepare(torch.from_numpy(self._images.image(index))[None], side, channels)[0]
+
+    def identity(self) -> Iterator[bytes]:
+        return (self.image(index).numpy().tobytes() for index in range(len(self)))
 
 
 def check_labels(source: Source, classes: int) -> None:

@@ -24,7 +24,7 @@ from fdiff.evaluation.extractors import DISTANCES, Extractor, default_extractor,
 from fdiff.evaluation.features import FeatureStatistics, ImageFeatures, features_of_source
 from fdiff.evaluation.metric_set import choose_metrics
 from fdiff.federation import Saved, Trainer, private_parts, sampling, together
-from fdiff.plan import host_of, hosted_by, plan_round
+from fdiff.plan import host_of, hosted_by, select_clients
 
 MOST_IMAGES = 10_000  # by default no more images are drawn, as in the papers
 WORST: dict[str, Callable[..., Any]] = {  # the scores that are summarised over clients: which end is the worst one
@@ -150,6 +150,7 @@ class Scoring:
             return []
         trainer = self._trainer = self._trainer or Trainer(self._config, self._device)
         trainer.buckets.flat.copy_(_parameters(saved, own[0].model, ema, local))
+        trainer.buckets.frozen.copy_(saved.frozen)
         images = (sampling.draw(trainer, self._config, batch, saved.round, progress_of(batch)) for batch in own)
         return [ImageFeatures.of(self._metrics.extractor, of_batch) for of_batch in images]
 
@@ -198,9 +199,10 @@ def models_of(config: Config) -> list[Model]:
 def _trained(saved: Saved) -> list[Model]:
     """The clients that trained in the round: of one that was dropped from it the files keep what it was before."""
     fed = saved.config.federation
-    plan = plan_round(saved.config.method, fed.clients, saved.round, saved.config.run.seed, fed.fraction)
+    selected = select_clients(fed.clients, saved.round, saved.config.run.seed, fed.fraction)
     _, header, _ = checkpoint.read_generation(saved.path)
-    return list(plan.without([int(client) for client in header.get("metrics", {}).get("dropped", {})]).selected)
+    dropped = [int(client) for client in header.get("metrics", {}).get("dropped", {})]
+    return [client for client in selected if client not in dropped]
 
 
 def _turns(models: Sequence[Model], rank_of: Callable[[int], int]) -> list[list[Model]]:

@@ -7,16 +7,17 @@ shared parts) and `host.py` (several clients on one rank). Every collective call
 from __future__ import annotations
 
 from fdiff.federation.assemble import check_ranks
-from fdiff.federation.client import Client, Report, Trainer, build_model
+from fdiff.federation.client import Client, Report, Trainer
 from fdiff.federation.export import check_choice, load_model, save_model
 from fdiff.federation.federator import Federator
-from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plans, seconds, sizes_of
+from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plan_of, plans, seconds
 from fdiff.federation.logs import append_jsonl, read_regular, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
 from fdiff.federation.rounds import Federation, run
-from fdiff.federation.run_files import find_gaps, log_problem, read_config, read_log, read_setting
+from fdiff.federation.run_files import find_gaps, images_of, log_problem, read_config, read_log, read_setting
+from fdiff.federation.same_code import checksum_of, find_differences
 from fdiff.federation.saved import Saved, open_checkpoint, open_together
 from fdiff.federation.snapshot import MAY_CHANGE, newest_sound
-from fdiff.federation.training_images import infer_image_shape, open_data
+from fdiff.federation.training_images import count_images, infer_image_shape, open_data
 from fdiff.federation.validate import find_problems, private_parts
 from fdiff.federation.voting import on_rank_0, together

@@ -27,10 +27,11 @@ from fdiff.errors import UserError
 from fdiff.federation import snapshot
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
+from fdiff.federation.forecast import plan_of
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.training_images import OpenedData, open_data
-from fdiff.federation.validate import has_client_files, private_parts
+from fdiff.federation.validate import has_client_files
 from fdiff.federation.voting import together
 from fdiff.plan import RoundPlan, hosted_by
 from fdiff.runtime import free_memory, launcher
@@ -69,7 +70,11 @@ class RankSetup:
     @property
     def keeps_private_parts(self) -> bool:
         """Whether each client has a model of its own."""
-        return bool(private_parts(self.config))
+        return bool(self.host.trainer.private_parts)
+
+    def plan(self, round: int) -> RoundPlan:
+        """The plan of a round."""
+        return plan_of(self.config, round, tuple(self.sizes), self.images)
 
     def aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation:
         """The weighted mean of a round, to be built in `out` (n,)."""
@@ -126,7 +131,7 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 def _check_memory(config: Config, comm: Communicator, device: torch.device) -> None:
     """UserError if what all ranks of a node need, or what this one needs of its GPU, is more than is free."""
-    budget = memory_of_rank(config, comm.rank, comm.size)
+    budget = together(comm, lambda: memory_of_rank(config, comm.rank, comm.size))
     on_host = budget.host + (budget.device if device.type == "cpu" else 0)
     everyone = exchange_json(comm, [socket.gethostname(), on_host])
     here = sum(needed for host, needed in everyone if host == socket.gethostname())

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fdiff import seeds
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
-from fdiff.errors import RunError
-from fdiff.model import PARTS, Buckets, UNet, capture, diffusion
-from fdiff.plan import is_first
+from fdiff.errors import RunError, UserError
+from fdiff.model import Buckets, UNet, build_model, capture, check_forward, diffusion, layout_of, part_sizes
+from fdiff.plan import is_first, private_parts, shared_parts
 
 DRAWINGS_KEPT = 2  # of whole batches, and of a last, short one
 REMEDY = "not a finite number; use a smaller optim.lr"
@@ -50,30 +50,23 @@ class Report:
     seconds: float
 
 
-def build_model(config: Config) -> UNet:
-    """The UNet with its initial weights, which derive from the seed and are equal on every rank; float32, CPU."""
-    model = config.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive(config.run.seed, "weights"))
-        return UNet(config.data.shape[0], model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
-
-
 class Trainer:
     """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
     `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in
-    `buckets`.
+    `buckets`, the shared parts behind the private ones.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
-        layout, execution = config.runtime.layout, config.runtime.execution
-        by_compiler = layout == "auto" and capture.compiles(device, execution)  # which has ideas of its own
-        self.model.encoder.layout = "channels-first" if by_compiler else layout
-        self.buckets = Buckets(self.model, PARTS).to(device, self.dtype)
+        parts, execution = tuple(part_sizes(layout_of(self.model))), config.runtime.execution
+        self.shared_parts = shared_parts(config.method, parts)
+        self.private_parts = private_parts(config.method, parts)
+        self._lay_out(config.runtime.layout)
+        self.buckets = Buckets(self.model, self.shared_parts).to(device, self.dtype)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
         if config.optim.ema:
@@ -85,6 +78,17 @@ class Trainer:
         self._captures = capture.captures(device, execution)
         self._drawings: dict[Hashable, diffusion.Drawing] = {}
         self._graph: capture.Graph[Tensor] | None = None
+
+    def _lay_out(self, layout: str) -> None:
+        """Have the activations in this layout; a model of the user's own has them as it makes them, and is tried."""
+        if not isinstance(self.model, UNet):
+            if layout != "auto":
+                raise UserError(f"runtime.layout: {layout!r} is for model.kind unet; use auto, or do it in your model")
+            check_forward(self.model, self.config)
+            return
+        # The compiler has ideas of its own.
+        by_compiler = layout == "auto" and capture.compiles(self.device, self.config.runtime.execution)
+        self.model.encoder.layout = "channels-first" if by_compiler else layout
 
     def _make_optimizer(self) -> torch.optim.Adam:
         flat = nn.Parameter(self.buckets.flat)
@@ -109,7 +113,7 @@ class Trainer:
         """Make ready what a client that has entered carries from step to step: its moving average, Adam's moments."""
         fed = self.config.federation
         if self.config.optim.ema and is_first(
-            self.config.method, fed.clients, round, self.config.run.seed, fed.fraction, client.index
+            fed.clients, round, self.config.run.seed, fed.fraction, client.index
         ):
             self.working["ema"].copy_(self.buckets.flat)  # a client selected late starts from what it received
         if not fed.keep_optimizer:
@@ -125,6 +129,7 @@ class Trainer:
         """
         started = time.perf_counter()
         shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
+        torch.manual_seed(seeds.derive(self.config.run.seed, "dropout", client.index, round))  # of the user's own model
         # The same generator each time: a captured step draws from the one that it was captured with.
         self._noise.manual_seed(seeds.derive(self.config.run.seed, "noise", client.index, round))
         epochs: list[float] = []

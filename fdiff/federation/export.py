@@ -11,16 +11,17 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from fdiff import __version__
+from fdiff import __version__, registry
 from fdiff.config import Config, from_dict, to_dict
 from fdiff.errors import UserError, one_line
-from fdiff.federation.client import build_model
 from fdiff.federation.saved import Saved
-from fdiff.federation.validate import layout_for, private_parts
-from fdiff.model import PARTS, Buckets, UNet
+from fdiff.federation.validate import private_parts, shared_parts
+from fdiff.model import Buckets, build_model, describe_model
 
 FORMAT = "fdiff/1"
 
@@ -45,8 +46,8 @@ def save_model(path: Path, saved: Saved, client: int | None, ema: bool) -> None:
     UserError if the path cannot be written.
     """
     model = build_model(saved.config)
-    parameters = saved.parameters(client, ema)
-    Buckets(model, PARTS).to("cpu", parameters.dtype).flat.copy_(parameters)
+    dtype = torch.float64 if saved.config.runtime.precision == "float64" else torch.float32
+    saved.fill(Buckets(model, shared_parts(saved.config)).to("cpu", dtype), client, ema)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     metadata = {
         "format": FORMAT,
@@ -68,11 +69,14 @@ def save_model(path: Path, saved: Saved, client: int | None, ema: bool) -> None:
         raise UserError(f"{path}: cannot be written ({error}); give another file") from None
 
 
-def load_model(path: Path) -> tuple[UNet, Config]:
+def load_model(path: Path, kind: str | None = None) -> tuple[nn.Module, Config]:
     """The model, on the CPU in the precision it was saved in, and the configuration of its run.
 
-    UserError if the file is not one of `save_model`, or does not hold the model that it describes.
+    UserError if the file is not one of `save_model`, or does not hold the model that it describes. One of a model that
+    is code, MODULE:NAME, is read only where `kind` names that again.
     """
+    if kind is not None:
+        registry.allow("model.kind", kind)
     try:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata() or {}, file.keys()
@@ -83,7 +87,8 @@ def load_model(path: Path) -> tuple[UNet, Config]:
         raise UserError(f"{path}: has format {metadata.get('format')}, expected {FORMAT}; make it by fdiff export")
     config = _config_of(path, metadata)
     dtypes = {dtype for _, dtype in found.values()}
-    expected = {slot.name: slot.shape for slot in layout_for(config)}  # before memory is taken for the model
+    described = describe_model(config)  # before memory is taken for the model
+    expected = {name: tuple(parameter.shape) for name, parameter in described.named_parameters()}
     if {name: shape for name, (shape, _) in found.items()} != expected or dtypes not in ({"F32"}, {"F64"}):
         raise UserError(f"{path}: its weights are not those of the model that it describes; export it again")
     model, weights = build_model(config), load_file(path)

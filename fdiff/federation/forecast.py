@@ -14,30 +14,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from fdiff.comm import PHASES, Ledger, loads
 from fdiff.config import Config
-from fdiff.federation.client import build_model
 from fdiff.federation.sample_batches import grid_batches
-from fdiff.model import PARTS, layout_of, part_sizes
+from fdiff.model import sizes_of
 from fdiff.plan import (
-    SHARED_PARTS,
     RoundPlan,
     communicated_parameters,
     count_new,
+    methods_for,
     plan_round,
     reporting_ranks,
+    shared_parts,
     wire_bytes,
 )
 
+Images = Mapping[int, int] | None  # training images of each client, where they are known
+
 GOODPUT = 1448 / 1538  # of a link: what TCP over IPv4 leaves of an Ethernet frame of 1500 bytes and the gap behind it
-
-
-def sizes_of(config: Config) -> dict[str, int]:
-    """Parameters of each part of the configured model; takes no memory for them."""
-    with torch.device("meta"):
-        return part_sizes(layout_of(build_model(config), PARTS))
 
 
 def itemsize(config: Config) -> int:
@@ -45,18 +39,26 @@ def itemsize(config: Config) -> int:
     return 8 if config.runtime.precision == "float64" else 4
 
 
-def plans(config: Config) -> list[RoundPlan]:
+def plan_of(config: Config, round: int, parts: Sequence[str], images: Images = None) -> RoundPlan:
+    """The plan of a round, of a model with these parts; NeedsImages where a method asks for `images` that are None."""
+    fed = config.federation
+    return plan_round(config.method, fed.clients, round, config.run.seed, fed.fraction, tuple(parts), images)
+
+
+def plans(config: Config, parts: Sequence[str], images: Images = None) -> list[RoundPlan]:
     """The plans of all rounds."""
-    fed, seed = config.federation, config.run.seed
-    return [plan_round(config.method, fed.clients, r, seed, fed.fraction) for r in range(1, fed.rounds + 1)]
+    return [plan_of(config, round, parts, images) for round in range(1, config.federation.rounds + 1)]
 
 
-def forecast_run(config: Config, ranks: int, bandwidth: float | None = None) -> dict[str, Any]:
+def forecast_run(
+    config: Config, ranks: int, bandwidth: float | None = None, images: Images = None
+) -> dict[str, Any]:
     """The whole run's communication on so many ranks, as `fdiff plan --json` prints it.
 
     With the bandwidth of a rank's link, in Mbit/s, also the time of the collectives, as `seconds` of each round.
     """
-    sizes, planned = sizes_of(config), plans(config)
+    sizes = sizes_of(config)
+    planned = plans(config, tuple(sizes), images)
     by_purpose = [bytes_by_purpose(plan, config, sizes, ranks) for plan in planned]
     rounds = [
         {
@@ -92,13 +94,14 @@ def bytes_by_purpose(plan: RoundPlan, config: Config, sizes: Mapping[str, int], 
     """
     parameters = wire_bytes(plan, sizes, config.federation.clients, ranks, itemsize(config))
     ema = parameters if averages_ema(config, plan.round) else 0
-    pictures = _bytes_of_grid(config, ranks) if config.samples(plan.round) else 0
+    by_client = len(plan.reporters) < len(sizes)
+    pictures = _bytes_of_grid(config, by_client, ranks) if config.samples(plan.round) else 0
     return {"parameters": parameters, "ema": ema, "statistics": 0, "pictures": pictures}
 
 
-def _bytes_of_grid(config: Config, ranks: int) -> int:
+def _bytes_of_grid(config: Config, by_client: bool, ranks: int) -> int:
     """Bytes of the images of a sample grid that rank 0 does not draw itself."""
-    sent = sum(batch.last - batch.first for batch in grid_batches(config, ranks) if batch.rank != 0)
+    sent = sum(batch.last - batch.first for batch in grid_batches(config, by_client, ranks) if batch.rank != 0)
     return sent * math.prod(config.data.shape)
 
 
@@ -131,17 +134,22 @@ def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
 
 
 def _parameters_of_full(config: Config, sizes: Mapping[str, int]) -> int:
-    planned = plans(replace(config, method="full"))
+    planned = plans(replace(config, method="full"), tuple(sizes))
     return sum(communicated_parameters(plan, sizes, new) for plan, new in zip(planned, count_new(planned), strict=True))
 
 
-def methods_table(config: Config, ranks: int) -> str:
+def methods_table(config: Config, ranks: int, images: Images = None) -> str:
     """A line for each method: what it shares, N, saving against FULL, bytes on the wire on so many ranks."""
-    lines = [f"{'method':8} {'shared parts':28} {'N (parameters)':>15} {'saving':>7} {'wire bytes':>15}"]
-    for method, parts in SHARED_PARTS.items():
-        cost = forecast_run(replace(config, method=method), ranks)
+    parts = tuple(sizes_of(config))
+    shared = {method: ", ".join(shared_parts(method, parts)) for method in dict.fromkeys(
+        [*methods_for(parts), config.method]
+    )}
+    name, what = max(map(len, ("ulatdec", *shared))) + 1, max(28, *map(len, shared.values()))
+    lines = [f"{'method':{name}} {'shared parts':{what}} {'N (parameters)':>15} {'saving':>7} {'wire bytes':>15}"]
+    for method, those in shared.items():
+        cost = forecast_run(replace(config, method=method), ranks, images=images)
         lines.append(
-            f"{method:8} {', '.join(parts):28} {cost['communicated_parameters']:>15,} {cost['saving']:>7.1%} "
+            f"{method:{name}} {those:{what}} {cost['communicated_parameters']:>15,} {cost['saving']:>7.1%} "
             f"{cost['wire_bytes']:>15,}"
         )
     return "\n".join(lines)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fdiff.federation.client import Client, Trainer
-from fdiff.plan import SHARED_PARTS
 
 
 class Host:
@@ -26,7 +25,7 @@ class Host:
 
     def __init__(self, trainer: Trainer, clients: list[Client]) -> None:
         self.trainer, self.clients = trainer, clients
-        self._parts = SHARED_PARTS[trainer.config.method]
+        self._parts = trainer.shared_parts
         buckets = trainer.buckets
         self._shared_span = buckets.span(self._parts)
         self._private = buckets.flat[: self._shared_span.start]

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fdiff.config import Config
-from fdiff.federation.client import build_model
-from fdiff.federation.forecast import itemsize, sizes_of
-from fdiff.model import diffusion
-from fdiff.plan import SHARED_PARTS, hosted_by
+from fdiff.config import KINDS, Config
+from fdiff.federation.forecast import itemsize
+from fdiff.model import describe_model, diffusion, layout_of, part_sizes
+from fdiff.plan import hosted_by, shared_parts
 
 GIB = 2.0**30
 
@@ -48,8 +47,10 @@ class Memory:
 
 def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
     """The memory of one of so many ranks. Rank 0 hosts as many clients as any, and writes the shared parts besides."""
-    sizes, size = sizes_of(config), itemsize(config)
-    total, shared = sum(sizes.values()), sum(sizes[part] for part in SHARED_PARTS[config.method])
+    model, size = describe_model(config), itemsize(config)
+    sizes = part_sizes(layout_of(model))
+    frozen = sum(slot.numel for slot in layout_of(model, frozen=True))
+    total, shared = sum(sizes.values()), sum(sizes[part] for part in shared_parts(config.method, tuple(sizes)))
     ema, kept = bool(config.optim.ema), config.federation.keep_optimizer
     hosted = len(hosted_by(rank, config.federation.clients, ranks))
     state = total - shared + (ema + 2 * kept) * total  # of a client: private parts, moving average, moments
@@ -57,16 +58,19 @@ def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
     drops = config.federation.on_client_failure == "drop"
     second = (2 + drops) * (hosted > 1) + ema
     return Memory(
-        model=(4 + ema) * total * size,
+        model=((4 + ema) * total + frozen) * size,
         shared=(second * shared + drops * state) * size,
         activations=activations(config),
         clients=held * state * size,
-        checkpoint=(1 + ema) * shared * size if rank == 0 else 0,
+        checkpoint=((1 + ema) * shared + frozen) * size if rank == 0 else 0,
     )
 
 
 def activations(config: Config) -> int:
-    """Bytes that a training step keeps for its backward pass; its peak is somewhat higher. Takes no memory itself."""
+    """Bytes that a training step keeps for its backward pass; its peak is somewhat higher. Takes no memory itself.
+
+    0 of a model of the user's own that cannot be run without memory.
+    """
     data, batch = config.data, config.optim.batch_size
     counted = replace(config, model=replace(config.model, classes=0))
     storages: dict[int, Tensor] = {}
@@ -75,13 +79,18 @@ def activations(config: Config) -> int:
         storages[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    model = describe_model(counted)
     with torch.device("meta"):
-        model = build_model(counted)
         x = torch.zeros(batch, *data.shape)
         t = torch.zeros(batch, dtype=torch.int64)
         schedule = diffusion.make_schedule(config.diffusion, torch.float32, "meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        diffusion.loss(model, schedule, x, t, x)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            diffusion.loss(model, schedule, x, t, x)
+    except Exception:
+        if config.model.kind in KINDS:
+            raise
+        return 0
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     width = {"bf16": 0.5, "float64": 2.0}.get(config.runtime.precision, 1.0)
     return int(width * sum(s.untyped_storage().nbytes() for key, s in storages.items() if key not in parameters))

@@ -63,7 +63,7 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
     mine = {"reports": [asdict(r) for r in round.reports], "sent": comm.ledger.take(), "seconds": round.seconds}
     everyone = exchange_json(comm, mine)
     config, fed = rank.config, rank.config.federation
-    new = new_clients(plan, config.method, fed.clients, config.run.seed, fed.fraction)
+    new = new_clients(plan, fed.clients, config.run.seed, fed.fraction)
     sent = {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES}
     _check_sent(round, sent, rank)
     rows = [_client_row(plan, report, each["seconds"], rank) for each in everyone for report in each["reports"]]

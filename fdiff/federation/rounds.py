@@ -23,9 +23,9 @@ from fdiff.federation.forecast import averages_ema
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
+from fdiff.federation.same_code import check_same_code
 from fdiff.federation.sampling import draw_grid
 from fdiff.federation.voting import Votes, on_rank_0, together
-from fdiff.plan import plan_round
 from fdiff.runtime import Stop, launcher
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ class Federation:
 
     def select(self, number: int) -> Round:
         """Every rank computes the same plan, without a message: which clients train, and who reports which part."""
-        fed = self.config.federation
-        plan = plan_round(self.config.method, fed.clients, number, self.config.run.seed, fed.fraction)
+        plan = self.rank.plan(number)
         self._under_way = Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters"))
         return self._under_way
 
@@ -176,6 +175,7 @@ class Federation:
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)
         self._began_with = self._last
+        check_same_code(self.rank, trained=self._last > 0)
         together(self.comm, lambda: self.federator.begin(self._last, self.rank.setting, logs), "run folder")
         for note in self.rank.opened.notes:
             log.info("data: %s", note)

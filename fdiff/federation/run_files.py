@@ -157,6 +157,11 @@ def read_setting(run_dir: Path) -> dict[str, Any]:
     return setting
 
 
+def images_of(setting: Mapping[str, Any]) -> dict[int, int] | None:
+    """Training images of each client, by a run's setting; None where it does not say."""
+    return {client: row["images"] for client, row in enumerate(setting.get("clients", []))} or None
+
+
 def read_log(run_dir: Path, name: str) -> list[Row]:
     """The rows of a log by its name, one of rounds, clients and scores, each as FIELDS says; none if it is not there.
 

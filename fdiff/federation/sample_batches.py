@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fdiff.config import Config, SampleConfig
-from fdiff.model import PARTS
-from fdiff.plan import SHARED_PARTS, host_of
+from fdiff.plan import host_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ def batches(
     return cut
 
 
-def grid_batches(config: Config, ranks: int) -> list[Batch]:
+def grid_batches(config: Config, by_client: bool, ranks: int) -> list[Batch]:
     """Those of a round's sample grid: of the global model, or of each client where it keeps private parts."""
     clients = config.federation.clients
-    models = list(range(clients)) if len(SHARED_PARTS[config.method]) < len(PARTS) else [None]
+    models = list(range(clients)) if by_client else [None]
     return batches(models, config.sample.images, config.sample, lambda c: host_of(c, clients, ranks), ranks)

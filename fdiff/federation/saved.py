@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdiff import checkpoint
+from fdiff import checkpoint, registry
 from fdiff.checkpoint import Damaged
 from fdiff.comm import Communicator, exchange_json
-from fdiff.config import Config
+from fdiff.config import Config, flat, to_dict
 from fdiff.errors import UserError
 from fdiff.federation.snapshot import described, newest_sound
-from fdiff.federation.validate import check_client, check_global, private_parts
+from fdiff.federation.validate import check_client, check_global, private_parts, shared_parts
 from fdiff.federation.voting import together
-from fdiff.model import PARTS
-from fdiff.plan import SHARED_PARTS
+from fdiff.model import Buckets
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,20 @@ class Saved:
 
     def parameters(self, client: int | None, ema: bool) -> Tensor:
         """A whole model (P,): that of a client, or the global one (None) where no part is private."""
-        arrays = {p: self.shared[f"{'ema' if ema else 'parts'}/{p}"] for p in SHARED_PARTS[self.config.method]}
-        private = private_parts(self.config)
-        if private:
-            arrays |= self._private(self._own(client or 0), private, ema)
-        return torch.from_numpy(np.concatenate([arrays[p] for p in PARTS]))
+        arrays = [self.shared[f"{'ema' if ema else 'parts'}/{p}"] for p in shared_parts(self.config)]
+        if private := private_parts(self.config):
+            arrays = self._private(self._own(client or 0), private, ema) + arrays
+        return torch.from_numpy(np.concatenate(arrays))
+
+    @property
+    def frozen(self) -> Tensor:
+        """What is not trained (m,): none, of most models."""
+        return torch.from_numpy(self.shared["frozen"]) if "frozen" in self.shared else torch.empty(0)
+
+    def fill(self, buckets: Buckets, client: int | None, ema: bool) -> None:
+        """Put a whole model, as `parameters` has it, into the buckets of one."""
+        buckets.flat.copy_(self.parameters(client, ema))
+        buckets.frozen.copy_(self.frozen)
 
     def local_parameters(self, client: int, ema: bool) -> Tensor:
         """A client's model (P,) as it trained it in this round, before the average; UserError if it was not kept."""
@@ -60,12 +68,9 @@ class Saved:
         check_client(self.path / checkpoint.client_file(client), self.config, described(own))
         return own
 
-    def _private(self, own: Mapping[str, np.ndarray], parts: tuple[str, ...], ema: bool) -> dict[str, np.ndarray]:
-        sizes = {p: own[f"private/{p}"].size for p in parts}
-        if not ema:
-            return {p: own[f"private/{p}"] for p in parts}
-        ends = np.cumsum([sizes[p] for p in parts])  # private parts come first in the arena
-        return {p: own["ema"][end - sizes[p] : end] for p, end in zip(parts, ends, strict=True)}
+    def _private(self, own: Mapping[str, np.ndarray], parts: tuple[str, ...], ema: bool) -> list[np.ndarray]:
+        private = [own[f"private/{p}"] for p in parts]
+        return [own["ema"][: sum(array.size for array in private)]] if ema else private  # they come first in the arena
 
 
 def open_checkpoint(path: Path) -> Saved:
@@ -80,7 +85,17 @@ def open_checkpoint(path: Path) -> Saved:
     if not path.is_dir():
         raise Damaged(f"{path}: is not a folder; give a run or a checkpoint, e.g. RUN/checkpoints/round-000015")
     arrays, saved, _ = checkpoint.read_generation(path)
-    return Saved(path, check_global(path, saved, described(arrays)), saved["round"], arrays, hold)
+    config = check_global(path, saved, described(arrays))
+    _check_named(path, config)
+    return Saved(path, config, saved["round"], arrays, hold)
+
+
+def _check_named(path: Path, config: Config) -> None:
+    """UserError if the command line names other code than the run's."""
+    fields = flat(to_dict(config))
+    for field in registry.FIELDS:
+        if (named := registry.allowed(field)) and fields[field] not in named:
+            raise UserError(f"{field}: {path} was made with {fields[field]}, not with {named[0]}; leave the flag out")
 
 
 def open_together(comm: Communicator, path: Path) -> Saved:

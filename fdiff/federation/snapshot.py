@@ -1,9 +1,10 @@
 """What a checkpoint holds of a federation, and how a federation is put back from one.
 
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
+                     frozen (m,), what is not trained, if a model has some;
                      samples (n, C, S, S) uint8, if the round drew a grid.
-                     Header: round, config, layout, number of images of each client, fingerprints of the images,
-                     reporters, metrics of the round, the rows of the logs up to it, if they are not too many
+                     Header: round, config, layout, frozen (its layout), number of images of each client, fingerprints
+                     of the images, reporters, metrics of the round, the rows of the logs up to it, if not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
                      (P,), step ()
 
@@ -29,7 +30,7 @@ from fdiff.errors import UserError
 from fdiff.federation.client import Client
 from fdiff.federation.host import Host
 from fdiff.federation.training_images import Fingerprint
-from fdiff.federation.validate import check_global, find_problems, has_client_files, private_parts
+from fdiff.federation.validate import check_global, find_problems, has_client_files
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def client_arrays(host: Host, client: Client) -> dict[str, np.ndarray]:
     """A client's own tensors as they are on the host, its private parts by name."""
     state = dict(host.lend(client))
     private = state.pop("private")
-    spans = {f"private/{p}": host.trainer.buckets.span((p,)) for p in private_parts(host.trainer.config)}
+    spans = {f"private/{p}": host.trainer.buckets.span((p,)) for p in host.trainer.private_parts}
     if client.trained is not None:
         state["local"] = client.trained
     return {name: tensor.numpy() for name, tensor in ({n: private[s] for n, s in spans.items()} | state).items()}
@@ -83,6 +84,8 @@ def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies:
     arrays = _by_part(host, "parts", copies.of("parts", host.shared))
     if ema is not None:
         arrays |= _by_part(host, "ema", copies.of("ema", ema))
+    if len(frozen := host.trainer.buckets.frozen):
+        arrays["frozen"] = copies.of("frozen", frozen)
     if images is not None:
         arrays["samples"] = copies.of("samples", images)
     return arrays
@@ -148,6 +151,7 @@ def header(
         "round": metrics["round"],
         "config": to_dict(host.trainer.config),
         "layout": checkpoint.layout_table(host.trainer.buckets.layout),
+        **({"frozen": checkpoint.layout_table(frozen)} if (frozen := host.trainer.buckets.frozen_layout) else {}),
         "images": [images[client] for client in sorted(images)],
         "fingerprints": list(fingerprints),
         "reporters": metrics["reporters"],
@@ -198,6 +202,8 @@ def restore(
     states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
         _fill(host.shared[span], arrays, f"parts/{part}", path / "global.h5")
+    if len(frozen := host.trainer.buckets.frozen):
+        _fill(frozen, arrays, "frozen", path / "global.h5")
     for client, state in zip(host.clients, states, strict=False):
         _restore_client(host, client, state, path / checkpoint.client_file(client.index))
     return saved
@@ -210,7 +216,7 @@ def _restore_client(host: Host, client: Client, arrays: Mapping[str, np.ndarray]
             _fill(tensor, arrays, name, file)
     if host.trainer.config.run.keep_local and "local" in arrays:  # of a client that the next round does not select
         client.trained = torch.from_numpy(arrays["local"])
-    for part in private_parts(host.trainer.config):
+    for part in host.trainer.private_parts:
         _fill(tensors["private"][host.trainer.buckets.span((part,))], arrays, f"private/{part}", file)
 
 
@@ -228,9 +234,10 @@ def _fill(tensor: Tensor, arrays: Mapping[str, np.ndarray], name: str, file: Pat
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config) -> None:
     before, now = flat(to_dict(from_dict(saved["config"]))), flat(to_dict(config))
-    changed = [n for n in now if before[n] != now[n] and not n.startswith(MAY_CHANGE)]
+    fields = [n for n in {**before, **now} if not n.startswith(MAY_CHANGE)]
+    changed = [n for n in fields if before.get(n) != now.get(n)]
     if changed:
-        told = ", ".join(f"{n} (was {before[n]!r}, is {now[n]!r})" for n in changed)
+        told = ", ".join(f"{n} (was {before.get(n)!r}, is {now.get(n)!r})" for n in changed)
         raise UserError(f"--resume: {path} was made with other values of {told}; set them back or start a new run")
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
-from fdiff.comm import Communicator, exchange_json
-from fdiff.config import Config, DataConfig
+from fdiff.comm import Communicator, SoloCommunicator, exchange_json
+from fdiff.config import Config, DataConfig, stages_of
 from fdiff.data import (
     Findings,
     Source,
@@ -29,6 +29,7 @@ from fdiff.data import (
     merge_classes,
     read_client_split,
     read_split,
+    split_source,
     without_unfit,
 )
 from fdiff.errors import UserError
@@ -70,7 +71,7 @@ def open_data(config: Config, comm: Communicator) -> OpenedData:
     found = merge([of_split for of_rank in everyone for of_split in of_rank])
     unfit = [one.unfit for one in own] if private else [found.unfit]
     splits = together(comm, lambda: [without_unfit(*pair) for pair in zip(splits, unfit, strict=True)])
-    config = together(comm, lambda: replace(config, data=infer_shape(data, found, len(config.model.dim_mults))))
+    config = together(comm, lambda: replace(config, data=infer_shape(data, found, stages_of(config.model))))
     sources = together(comm, lambda: [as_source(split, config.data) for split in splits])
     prints = _fingerprints(comm, data, splits, clients)
     left_out = sum(len(one.unfit) for of_rank in everyone for one in of_rank)
@@ -84,6 +85,15 @@ def infer_image_shape(config: Config, comm: Communicator) -> Config:
     except UserError:
         return open_data(config, comm).config
     return replace(config, data=replace(config.data, channels=channels, image_side=side))
+
+
+def count_images(config: Config) -> dict[int, int]:
+    """Training images of each client, counted by this process alone; UserError where it cannot see them all."""
+    opened = open_data(config, SoloCommunicator())
+    if config.data.partition == "private":
+        return {client: len(source) for client, source in enumerate(opened.sources)}
+    split = split_source(opened.sources[0], opened.config.data, config.federation.clients)
+    return {client: len(indices) for client, indices in enumerate(split)}
 
 
 def _read(data: DataConfig, client: int) -> Split:

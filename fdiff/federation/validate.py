@@ -9,16 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fdiff import checkpoint
+from fdiff import checkpoint, plan
 from fdiff.checkpoint import Damaged, Examined
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
-from fdiff.federation.client import build_model
 from fdiff.federation.run_files import KINDS
-from fdiff.model import PARTS, Slot, layout_of, part_sizes
-from fdiff.plan import SHARED_PARTS
+from fdiff.model import describe_model, layout_of, part_sizes, parts_of, sizes_of
 
 Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
 
@@ -26,12 +22,17 @@ Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
 def has_client_files(config: Config) -> bool:
     """Whether a client has anything of its own to save."""
     own = config.optim.ema or config.federation.keep_optimizer or config.run.keep_local
-    return len(SHARED_PARTS[config.method]) < len(PARTS) or bool(own)
+    return bool(own) or bool(private_parts(config))
 
 
 def private_parts(config: Config) -> tuple[str, ...]:
     """The parts that never leave a client."""
-    return tuple(p for p in PARTS if p not in SHARED_PARTS[config.method])
+    return plan.private_parts(config.method, parts_of(config))
+
+
+def shared_parts(config: Config) -> tuple[str, ...]:
+    """The parts that all clients have alike."""
+    return plan.shared_parts(config.method, parts_of(config))
 
 
 def find_problems(path: Path, found: Mapping[str, Examined] | None = None) -> list[str]:
@@ -72,13 +73,18 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
     prints = header.get("fingerprints", [])
     if not isinstance(prints, list) or not all(isinstance(one, dict) for one in prints):
         raise Damaged(f"{file}: its fingerprints are no list of checksums; use another checkpoint")
-    layout = layout_for(config)
+    model = describe_model(config)
+    layout, frozen = layout_of(model), layout_of(model, frozen=True)
     if header["layout"] != checkpoint.layout_table(layout):
         raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")
     sizes = part_sizes(layout)
     for kind in ("parts", *(["ema"] if any(name.startswith("ema/") for name in datasets) else [])):
-        for part in SHARED_PARTS[config.method]:
+        for part in plan.shared_parts(config.method, tuple(sizes)):
             _check_shape(file, f"{kind}/{part}", (sizes[part],), config, datasets)
+    if header.get("frozen", []) != checkpoint.layout_table(frozen):
+        raise Damaged(f"{file}: its frozen parameters are laid out otherwise than here; use the fdiff that made it")
+    if frozen:
+        _check_shape(file, "frozen", (sum(slot.numel for slot in frozen),), config, datasets)
     return config
 
 
@@ -96,8 +102,8 @@ def _check_logs(file: Path, header: Mapping[str, Any]) -> None:
 
 def check_client(file: Path, config: Config, datasets: Datasets) -> None:
     """Damaged if a client's file lacks what this configuration has it keep."""
-    sizes = part_sizes(layout_for(config))
-    for part in private_parts(config):
+    sizes = sizes_of(config)
+    for part in plan.private_parts(config.method, tuple(sizes)):
         _check_shape(file, f"private/{part}", (sizes[part],), config, datasets)
     moments = ("exp_avg", "exp_avg_sq") if config.federation.keep_optimizer else ()
     for name in (*(("ema",) if config.optim.ema else ()), *moments):
@@ -105,13 +111,8 @@ def check_client(file: Path, config: Config, datasets: Datasets) -> None:
     if moments and datasets.get("step") != ((), "float32"):
         raise Damaged(f"{file}: has no number of steps; use another checkpoint")
     if "local" in datasets:
-        _check_shape(file, "local", (sum(sizes[part] for part in SHARED_PARTS[config.method]),), config, datasets)
-
-
-def layout_for(config: Config) -> tuple[Slot, ...]:
-    """The layout of the configured model, found without memory for its parameters."""
-    with torch.device("meta"):
-        return layout_of(build_model(config), PARTS)
+        shared = sum(sizes[part] for part in plan.shared_parts(config.method, tuple(sizes)))
+        _check_shape(file, "local", (shared,), config, datasets)
 
 
 def _check_shape(file: Path, name: str, shape: tuple[int, ...], config: Config, datasets: Datasets) -> None:

@@ -6,13 +6,14 @@ This module knows tensors and layouts; who averages what is not its business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fdiff.errors import RunError
+from fdiff.model.parts import parameters_by_part
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,18 @@ class Slot:
         return int(torch.Size(self.shape).numel())
 
 
-def layout_of(model: nn.Module, parts: Sequence[str]) -> tuple[Slot, ...]:
-    """The canonical order: part by part, in each the order of `named_parameters`. Needs no memory for the values."""
+def layout_of(model: nn.Module, frozen: bool = False) -> tuple[Slot, ...]:
+    """The canonical order of what is trained, or of what is `frozen`: part by part, in each as `named_parameters`.
+
+    Needs no memory for the values. Errors as `parameters_by_part`.
+    """
     slots = []
-    for part in parts:
+    for part, named in parameters_by_part(model).items():
         offset = 0
-        for name, parameter in model.get_submodule(part).named_parameters():
-            slots.append(Slot(f"{part}.{name}", part, offset, tuple(parameter.shape)))
-            offset += parameter.numel()
-    if sum(s.numel for s in slots) != sum(p.numel() for p in model.parameters()):
-        raise ValueError(f"the parts {', '.join(parts)} do not hold all of the model's parameters")
+        for name, parameter in named.items():
+            if parameter.requires_grad != frozen:
+                slots.append(Slot(name, part, offset, tuple(parameter.shape)))
+                offset += parameter.numel()
     return tuple(slots)
 
 
@@ -51,23 +54,29 @@ def part_sizes(layout: Sequence[Slot]) -> dict[str, int]:
     return sizes
 
 
+def arena_order(parts: Iterable[str], shared: Sequence[str]) -> list[str]:
+    """The order in which the parts lie in an arena: private ones, then shared ones, each in canonical order."""
+    return sorted(parts, key=lambda part: part in shared)  # sorting keeps the order of equals
+
+
 class Buckets:
     """Moves a model's parameters and gradients into two arenas and keeps them there.
 
-    `flat` and `grad` are (P,), one dtype, one device; the parts follow each other in canonical order, so a range of
-    neighbouring parts is contiguous as well.
+    `flat` and `grad` are (P,), one dtype, one device. The parts follow each other in canonical order, but the `shared`
+    ones come last, so that they are contiguous whichever they are. What is not trained is in `frozen` (m,).
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, shared: Sequence[str] = ()) -> None:
         self.model = model
-        self.layout = layout_of(model, parts)
+        self.layout, self.frozen_layout = layout_of(model), layout_of(model, frozen=True)
         self.sizes = part_sizes(self.layout)
+        self.order = arena_order(self.sizes, shared)
         self._named = dict(model.named_parameters())
         first = next(iter(self._named.values()))
         self._move(first.device, first.dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Buckets:
-        """Move the model, buffers included, and both arenas; parameters stay views. Returns self."""
+        """Move the model, buffers included, and the arenas; parameters stay views. Returns self."""
         self.model.to(device=device, dtype=dtype)
         first = next(iter(self._named.values()))
         if (first.device, first.dtype) != (self.flat.device, self.flat.dtype):
@@ -78,11 +87,20 @@ class Buckets:
         total = sum(self.sizes.values())
         self.flat = torch.empty(total, dtype=dtype, device=device)
         self.grad = torch.zeros(total, device=device, dtype=dtype)
+        self.frozen = torch.empty(sum(slot.numel for slot in self.frozen_layout), dtype=dtype, device=device)
         for slot, start in self._starts():
-            parameter, end = self._named[slot.name], start + slot.numel
-            self.flat[start:end].copy_(parameter.data.reshape(-1))
-            parameter.data = self.flat[start:end].view(slot.shape)
-            parameter.grad = self.grad[start:end].view(slot.shape)
+            self._adopt(slot, self.flat[start : start + slot.numel])
+            self._named[slot.name].grad = self.grad[start : start + slot.numel].view(slot.shape)
+        start = 0
+        for slot in self.frozen_layout:
+            self._adopt(slot, self.frozen[start : start + slot.numel])
+            start += slot.numel
+
+    def _adopt(self, slot: Slot, memory: Tensor) -> None:
+        """Have a parameter live in this memory (n,)."""
+        parameter = self._named[slot.name]
+        memory.copy_(parameter.data.reshape(-1))
+        parameter.data = memory.view(slot.shape)
 
     def _starts(self) -> list[tuple[Slot, int]]:
         starts = {part: self.span((part,)).start for part in self.sizes}
@@ -92,7 +110,7 @@ class Buckets:
         """The range of neighbouring parts in the arenas; (0, 0) for none. ValueError if they are not neighbours."""
         if not parts:
             return slice(0, 0)
-        names = list(self.sizes)
+        names = self.order
         first = names.index(parts[0])
         if tuple(names[first : first + len(parts)]) != tuple(parts):
             raise ValueError(f"parts {tuple(parts)} are not neighbours in {tuple(names)}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PARTS = ("encoder", "bottleneck", "decoder")
+from fdiff.config import PARTS
 
 
 class UNet(nn.Module):
@@ -38,6 +38,11 @@ class UNet(nn.Module):
         self.encoder = Encoder(channels, dim, widths, heads, head_dim, classes)
         self.bottleneck = Bottleneck(widths[-1], 4 * dim, heads, head_dim)
         self.decoder = Decoder(channels, dim, widths, heads, head_dim)
+
+    @property
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The three parts, in order."""
+        return {part: [self.get_submodule(part)] for part in PARTS}
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x (B, C, S, S) noisy images, t (B,) timesteps from 0, labels (B,) or None → predicted noise (B, C, S, S)."""

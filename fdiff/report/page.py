@@ -14,7 +14,8 @@ from fdiff import __version__
 from fdiff.config import flat, to_dict
 from fdiff.evaluation import DISTANCES
 from fdiff.federation import forecast_run
-from fdiff.plan import SHARED_PARTS
+from fdiff.model import parts_of
+from fdiff.plan import methods_for
 from fdiff.report import charts
 from fdiff.report.charts import Curve
 from fdiff.report.runs import Run, named_apart, number
@@ -99,7 +100,8 @@ def _partition(run: Run) -> str:
 
 def _communication(run: Run) -> str:
     """N of each method with this run's configuration, the run's own method highlighted."""
-    costs = {method: forecast_run(replace(run.config, method=method), run.ranks) for method in SHARED_PARTS}
+    methods = dict.fromkeys([*methods_for(parts_of(run.config)), run.config.method])
+    costs = {m: forecast_run(replace(run.config, method=m), run.ranks, images=run.images) for m in methods}
     millions = {method: cost["communicated_parameters"] / 1e6 for method, cost in costs.items()}
     notes = {method: f"−{cost['saving']:.1%}" if cost["saving"] else "" for method, cost in costs.items()}
     return charts.bars(millions, "N, million parameters in all rounds", run.config.method, notes)

@@ -15,7 +15,16 @@ from PIL import Image
 from fdiff.config import Config
 from fdiff.errors import UserError, first_line
 from fdiff.evaluation import Row, described, distance_name, find_warnings, mean_distance, newest_scores, scored_as
-from fdiff.federation import check_ranks, find_gaps, forecast_run, read_config, read_log, read_regular, read_setting
+from fdiff.federation import (
+    check_ranks,
+    find_gaps,
+    forecast_run,
+    images_of,
+    read_config,
+    read_log,
+    read_regular,
+    read_setting,
+)
 
 MAX_PIXELS = 64_000_000  # of a sample grid
 MAX_PLANNED = 10_000_000  # clients times rounds, for which the plan of every method takes minutes
@@ -41,6 +50,11 @@ class Run:
     def ranks(self) -> int:
         """The ranks on which it was last started, 1 if nobody wrote that down."""
         return max(1, len(self.setting.get("ranks", [])))
+
+    @property
+    def images(self) -> dict[int, int] | None:
+        """Training images of each client, if somebody wrote that down."""
+        return images_of(self.setting)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -90,7 +104,7 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """The row of this run in the table of runs."""
-        fed, cost = self.config.federation, forecast_run(self.config, self.ranks)
+        fed, cost = self.config.federation, forecast_run(self.config, self.ranks, images=self.images)
         sent = sum(r["wire_bytes"] for r in self.rounds)
         return {
             "method": self.config.method,

@@ -160,7 +160,7 @@ def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
         worst=facts["worst"] if many else None,
         **{fact: rows[0].get(fact) for fact in FACTS},
         communicated_parameters=moved,
-        saving=1 - moved / forecast_run(so_far, ranks=1)["communicated_parameters_full"],
+        saving=1 - moved / forecast_run(replace(so_far, method="full"), ranks=1)["communicated_parameters"],
         wire_bytes=sent,
         seconds=sum(sum(r["seconds"].values()) for r in log),
     )

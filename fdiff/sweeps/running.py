@@ -12,7 +12,7 @@ import torch
 
 from fdiff import checkpoint, federation
 from fdiff.comm import Communicator
-from fdiff.config import Config, DataConfig
+from fdiff.config import Config, DataConfig, stages_of
 from fdiff.errors import UserError
 from fdiff.evaluation import Model, Scoring, ScoringRequest
 from fdiff.federation import (
@@ -60,7 +60,7 @@ def with_image_shapes(sweep: Sweep, comm: Communicator) -> Sweep:
     cells = []
     for cell in sweep.cells:
         config = cell.config
-        what = (config.data, config.federation.clients, config.model.dim_mults)
+        what = (config.data, config.federation.clients, stages_of(config.model))
         with _naming(cell):
             known[what] = known.get(what) or infer_image_shape(config, comm).data
         cells.append(replace(cell, config=replace(config, data=known[what])))

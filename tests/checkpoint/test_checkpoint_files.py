@@ -149,9 +149,9 @@ def test_wherever_the_room_ends_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_layout_table_is_the_canonical_order():
-    from fdiff.federation.validate import layout_for
+    from fdiff.model import describe_model, layout_of
 
-    table = checkpoint.layout_table(layout_for(small_config()))
+    table = checkpoint.layout_table(layout_of(describe_model(small_config())))
     assert table == json.loads(json.dumps(table))
     ends: dict[str, int] = {}
     for name, part, offset, shape in table:

@@ -22,8 +22,8 @@ from fdiff.bench.network import INTERFACE, Network, network, why_not
 from fdiff.comm import SoloCommunicator
 from fdiff.config import FederationConfig, to_dict
 from fdiff.federation.forecast import forecast_run
-from fdiff.plan import SHARED_PARTS
 from fdiff.presets import preset
+from fdiff.registry import BUILT_IN
 from fdiff.runtime import launcher
 
 RANKS = 4
@@ -80,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def measured(net, folder) -> dict[str, int]:
     """Bytes sent by method."""
-    return {method: run_in(net, method, 29_700 + i, folder) for i, method in enumerate(SHARED_PARTS)}
+    return {method: run_in(net, method, 29_700 + i, folder) for i, method in enumerate(BUILT_IN["method"])}
 
 
 def planned(method: str) -> int:
@@ -88,7 +88,7 @@ def planned(method: str) -> int:
     return forecast_run(replace(preset("fmnist"), method=method, federation=federation), RANKS)["wire_bytes"]
 
 
-@pytest.mark.parametrize("method", SHARED_PARTS)
+@pytest.mark.parametrize("method", BUILT_IN["method"])
 def test_the_interfaces_count_what_the_plan_says(measured, method):
     print(f"{method}: {measured[method]:,} bytes sent, {planned(method):,} planned")
     assert planned(method) <= measured[method] <= 1.03 * planned(method)
@@ -125,7 +125,7 @@ def test_under_mpirun_over_tcp_the_interfaces_count(name, net, tmp_path):
     rows = next(json.loads(line) for line in done.out.splitlines() if line.startswith("["))
     ratios = {r["name"].split(",")[0]: r["median"] / r["beside"] for r in rows if r["name"].endswith("bytes a round")}
     print(name, {method: round(ratio, 3) for method, ratio in ratios.items()})
-    assert ratios.keys() == SHARED_PARTS.keys() and all(1 <= ratio <= 1.03 for ratio in ratios.values())
+    assert ratios.keys() == BUILT_IN["method"].keys() and all(1 <= ratio <= 1.03 for ratio in ratios.values())
 
 
 # --- over slow links -------------------------------------------------------------------------------------------------
@@ -136,6 +136,6 @@ def test_bench_wire_counts_the_plans_bytes_on_a_slow_network(monkeypatch):
     monkeypatch.setattr(wire, "RANKS", (2,))
     monkeypatch.setattr(wire, "MBIT_PER_S", (1000.0,))
     results = wire.run(preset("fmnist"), SoloCommunicator(), torch.device("cpu"))
-    assert len(results) == 3 * len(SHARED_PARTS)
+    assert len(results) == 3 * len(BUILT_IN["method"])
     sizes = {r.name: r.ratio for r in results if r.name.endswith("bytes a round")}
-    assert len(sizes) == len(SHARED_PARTS) and all(1 <= ratio <= 1.01 for ratio in sizes.values()), sizes
+    assert len(sizes) == len(BUILT_IN["method"]) and all(1 <= ratio <= 1.01 for ratio in sizes.values()), sizes

@@ -18,6 +18,23 @@ from PIL import Image
 pytestmark = pytest.mark.slow
 
 
+MINE = """
+from torch import nn
+
+nobody = {"decoder": lambda selection: []}
+
+
+def whole(shape, model):
+    return nn.Conv2d(shape[0], shape[0], 1)
+
+
+def net(shape, model):
+    made = whole(shape, model)
+    made.parts = {"all": [made]}
+    return made
+"""
+
+
 def write_inputs(folder: Path) -> None:
     """Data sets that are wrong in one way each, and a run folder that exists."""
     (folder / "empty").mkdir()
@@ -33,12 +50,25 @@ def write_inputs(folder: Path) -> None:
     (folder / "exists" / "thesis.tex").write_text("precious")
     (folder / "a-file").write_text("")
     (folder / "not.yaml").write_text("federation: [1, 2")
+    (folder / "code.yaml").write_text("model: {kind: 'json:dumps'}\n")
+    (folder / "mine.py").write_text(MINE)
     (folder / "unknown.yaml").write_text("federation:\n  client: 3\n")
 
 
 # name: (flags of `train`, what the line says, status)
 CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "method": ("--method fedavg", ("method", "'fedavg'", "full, usplit, ulatdec, udec"), 2),
+    "a part": ("--method encoder+tail", ("method", "a part 'tail'", "encoder, bottleneck, decoder"), 2),
+    "no module": ("--method nowhere:table", ("method: 'nowhere:table' cannot be imported", "No module named"), 2),
+    "no name": ("--model.kind json:unet", ("model.kind: 'json:unet' cannot be used", "has no attribute 'unet'"), 2),
+    "model": ("--model.kind resnet", ("model.kind: 'resnet'", "choose one of unet", "MODULE:NAME"), 2),
+    "no model": ("--model.kind json:dumps", ("model.kind: json:dumps fails",), 2),
+    "data set": ("--data.dataset imagenet", ("data.dataset: 'imagenet'", "fashion-mnist, celeba", "MODULE:NAME"), 2),
+    "no data set": ("--data.dataset json:dumps", ("data.dataset: json:dumps cannot be opened for train",), 2),
+    "code in a file": ("--config code.yaml", ("'json:dumps' is code", "add --model.kind json:dumps"), 2),
+    "nobody reports": ("--method mine:nobody", ("mine:nobody lets nobody report the part decoder in round 1",), 2),
+    "part of none": ("--model.kind mine:net --method head", ("shares a part 'head'", "its parts are all"), 2),
+    "no parts": ("--model.kind mine:whole", ("the model cannot be shared: it has no attribute parts",), 2),
     "partition": ("--data.partition dirichlet", ("data.partition", "iid, label-skew, quantity-skew, private"), 2),
     "preset": ("--preset imagenet", ("--preset", "'imagenet'", "fmnist, celeba, cifar10, folder or mini"), 2),
     "flag": ("--federation.client 3", ("--federation.client",), 2),

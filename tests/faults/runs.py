@@ -15,9 +15,9 @@ from faults.ledger import Row
 from faults.processes import Job
 from fdiff import checkpoint
 from fdiff.federation.validate import find_problems
-from fdiff.plan import SHARED_PARTS
+from fdiff.registry import BUILT_IN
 
-METHODS = tuple(SHARED_PARTS)
+METHODS = BUILT_IN["method"]
 GRACE_S = 10.0  # beyond the time-out: by then every rank must have ended
 FLAGS = [*TINY, "--sample.every", 0, "--runtime.reduction", "ordered"]
 LOADING = ("--data.in_memory", "never", "--data.workers", 2)  # processes of a rank's own, which may outlive it

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fdiff.config import OptimConfig, RunConfig, SampleConfig
-from fdiff.federation.forecast import GOODPUT, forecast_run, seconds, sizes_of
-from fdiff.plan import SHARED_PARTS, plan_round
+from fdiff.federation.forecast import GOODPUT, forecast_run, seconds
+from fdiff.model import sizes_of
+from fdiff.plan import METHODS, plan_round
 from fdiff.presets import preset
 
 
@@ -33,7 +34,7 @@ def test_one_reporter_sends_each_receiver_its_piece_and_they_the_rest():
     assert seconds(plan, config, sizes_of(config), 3, 1000) == pytest.approx(1.5 * decoder, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", SHARED_PARTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reduction", ["fast", "ordered"])
 def test_time_falls_with_bandwidth_and_no_link_carries_less_than_its_share(method, reduction):
     config = config_of(method, 6, reduction)

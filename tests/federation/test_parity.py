@@ -29,10 +29,10 @@ from fdiff.comm import SoloCommunicator
 from fdiff.config import Config
 from fdiff.data import open_source
 from fdiff.data.partition import partition_indices
-from fdiff.federation.client import build_model
 from fdiff.federation.rounds import run
 from fdiff.federation.saved import open_checkpoint
-from fdiff.model.buckets import layout_of
+from fdiff.model.buckets import arena_order, layout_of
+from fdiff.model.building import build_model
 from fdiff.model.unet import PARTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +72,7 @@ VARIANTS = {
     **{method: configure(method) for method in METHODS},
     **{f"{method}-half": configure(method, fraction=0.5) for method in METHODS},
     "full-kept-ema": configure("full", keep_optimizer=True, ema=0.9),
+    "encoder+decoder-half-ema": configure("encoder+decoder", fraction=0.5, ema=0.9),
     "udec-half-kept-ema": configure("udec", fraction=0.5, keep_optimizer=True, ema=0.9),
 }
 
@@ -98,8 +99,9 @@ def trained(config: Config, ema: bool = False) -> list[oracle.Weights]:
     """Each client's model after the last round, from the run's checkpoint, under the oracle's names."""
     saved = open_checkpoint(config.run_dir)
     assert saved.round == config.federation.rounds
-    layout = layout_of(build_model(config), PARTS)
-    private = config.method in ("udec", "ulatdec")
+    order = arena_order(PARTS, oracle.SHARED[config.method])
+    layout = sorted(layout_of(build_model(config)), key=lambda slot: order.index(slot.part))
+    private = len(oracle.SHARED[config.method]) < 3
     models = []
     for client in range(config.federation.clients):
         flat = saved.parameters(client if private else None, ema)

@@ -21,10 +21,10 @@ from ranks import train_in_turn
 from small_datasets import needs_gpu
 
 from fdiff.commands.flags import parse
-from fdiff.plan import SHARED_PARTS
+from fdiff.registry import BUILT_IN
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-METHODS = tuple(SHARED_PARTS)
+METHODS = BUILT_IN["method"]
 LAST = 4  # rounds: one on each number of ranks
 RANKS = (4, 2, 1, 4)
 KEEPING = "--optim.ema 0.9 --federation.keep_optimizer true --federation.fraction 0.75".split()
@@ -278,6 +278,7 @@ def test_torchrun_does_not_go_on_with_what_another_job_made(tmp_path):
     assert len(rows(tmp_path / "run")) == 1
 
 
+@pytest.mark.rare  # a minute of torchrun's own time-outs; one agent brings back its job above
 def test_two_agents_of_torchrun_bring_back_a_job_of_which_one_has_lost_a_rank(tmp_path):
     """Only the agent whose rank was lost counts a restart."""
     fdiff("train", *COMMON, "--federation.rounds", 15, "--run.dir", "whole", cwd=tmp_path).check()

@@ -26,11 +26,12 @@ from fdiff.federation import federator, record, snapshot
 from fdiff.federation.forecast import forecast_run
 from fdiff.federation.rounds import Federation
 from fdiff.model.unet import PARTS
-from fdiff.plan import SHARED_PARTS, plan_round
+from fdiff.plan import plan_round, shared_parts
+from fdiff.registry import BUILT_IN
 from fdiff.runtime.signals import Stop
 
 pytestmark = pytest.mark.slow
-METHODS = tuple(SHARED_PARTS)
+METHODS = BUILT_IN["method"]
 FIVE = "--federation.clients 5 --federation.fraction 0.6 --optim.ema 0.9 --method ulatdec --run.keep_checkpoints 3"
 
 
@@ -195,7 +196,8 @@ def _resumed(config: cfg.Config, comm: Communicator, before: dict[str, bytes]) -
 def test_shared_parts_agree_on_all_ranks_and_private_ones_on_no_two(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run_ranks(two_rounds, 4, tmp_path, timeout_s=120)
-    for method, shared in SHARED_PARTS.items():
+    for method in METHODS:
+        shared = shared_parts(method)
         for part in PARTS:
             different = len({of_rank[method][part] for of_rank in found})
             assert different == (1 if part in shared else 4), (method, part)
@@ -295,8 +297,8 @@ def test_fashion_mnist_on_two_ranks(tmp_path, method):
         header = json.loads(file["header"][()].tobytes())
         assert header["round"] == 2 and header["config"]["method"] == method and header["images"] == [80, 80]
         parts = {name: dataset.shape[0] for name, dataset in file["parts"].items()}
-        assert tuple(p for p in PARTS if p in parts) == SHARED_PARTS[method]
+        assert tuple(p for p in PARTS if p in parts) == shared_parts(method)
         rows_of_layout = [row for row in header["layout"] if row[1] == "decoder"]
         assert sum(int(np.prod(shape)) for _, _, _, shape in rows_of_layout) == parts["decoder"]
-    private = len(SHARED_PARTS[method]) < 3
+    private = len(shared_parts(method)) < 3
     assert sorted(f.name for f in checkpoint.glob("client-*")) == (["client-0000.h5", "client-0001.h5"] * private)

@@ -244,6 +244,7 @@ SHARED = {
     "usplit": ("encoder", "bottleneck", "decoder"),
     "ulatdec": ("bottleneck", "decoder"),
     "udec": ("decoder",),
+    "encoder+decoder": ("encoder", "decoder"),
 }
 
 

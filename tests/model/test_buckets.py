@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
 from fdiff.config import Config, DataConfig, ModelConfig
 from fdiff.errors import RunError
-from fdiff.federation.client import build_model
 from fdiff.model.buckets import Buckets, layout_of
+from fdiff.model.building import build_model
 from fdiff.model.unet import PARTS
 
 CONFIG = Config(data=DataConfig(image_side=8), model=ModelConfig(dim=8, dim_mults=(1, 2), head_dim=8))
@@ -81,6 +83,27 @@ def test_spans_are_of_neighbours(buckets):
         buckets.span(("encoder", "decoder"))
 
 
-def test_a_parameter_outside_the_parts_is_refused():
-    with pytest.raises(ValueError, match="do not hold all"):
-        layout_of(build_model(CONFIG), ("encoder", "decoder"))
+@pytest.mark.parametrize("shared", [s for n in range(4) for s in combinations(PARTS, n)], ids="+".join)
+def test_shared_parts_are_one_range_at_the_end_whichever_they_are(shared):
+    model = build_model(CONFIG)
+    buckets = Buckets(model, shared)
+    span = buckets.span(shared)
+    assert span.stop in (0, len(buckets.flat)) and span.stop - span.start == sum(buckets.sizes[p] for p in shared)
+    expected = [p.detach().reshape(-1) for part in shared for p in getattr(model, part).parameters()]
+    assert torch.equal(buckets.flat[span], torch.cat([torch.empty(0), *expected]))
+    assert list(buckets.sizes) == list(PARTS) and buckets.layout == layout_of(model)
+
+
+def test_what_is_frozen_is_in_a_tensor_of_its_own_and_never_trained():
+    model = build_model(CONFIG)
+    model.bottleneck.block1.requires_grad_(False)
+    kept = [p.clone() for p in model.bottleneck.block1.parameters()]
+    buckets = Buckets(model, ("decoder",))
+    assert len(buckets.flat) + len(buckets.frozen) == sum(p.numel() for p in model.parameters())
+    assert {slot.part for slot in buckets.frozen_layout} == {"bottleneck"}
+    train_a_step(buckets)
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.bottleneck.block1.parameters(), strict=True))
+    buckets.frozen.fill_(3)
+    assert all((p == 3).all() for p in model.bottleneck.block1.parameters())
+    buckets.to("cpu", torch.float64)
+    assert buckets.frozen.dtype == torch.float64 and (model.bottleneck.block1.net[1].weight == 3).all()

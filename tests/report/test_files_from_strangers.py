@@ -20,7 +20,8 @@ from fdiff.commands import verify
 from fdiff.config import to_dict
 from fdiff.errors import UserError
 from fdiff.federation import find_gaps, log_problem
-from fdiff.federation.validate import check_global, layout_for
+from fdiff.federation.validate import check_global
+from fdiff.model import describe_model, layout_of
 from fdiff.report import read_run, render
 from fdiff.sweeps import results
 from fdiff.sweeps.grid import Score
@@ -220,7 +221,7 @@ def test_a_link_within_the_run_and_a_linked_run_are_shown(run, tmp_path):
 @pytest.mark.parametrize("metrics", [None, [], 3, {"dropped": []}, {"dropped": {"x": "why"}}, {"dropped": {"0": 3}}])
 def test_a_checkpoint_whose_row_of_the_round_is_none_is_damaged(tmp_path, metrics):
     """`evaluate --local` asks it which clients were dropped."""
-    layout = checkpoint.layout_table(layout_for(CONFIG))
+    layout = checkpoint.layout_table(layout_of(describe_model(CONFIG)))
     header = {"round": 1, "config": to_dict(CONFIG), "layout": layout, "images": [32, 32], "metrics": metrics}
     with pytest.raises(checkpoint.Damaged, match="global.h5: its header does not say which clients were dropped; use"):
         check_global(tmp_path, header, {})

@@ -1,0 +1,70 @@
+"""Ranks that train together run the same code: the same plan, the same model, the same weights to begin with.
+
+Methods and models may be the user's own, in a file that differs from node to node, or draw from a generator of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fdiff import checkpoint
+from fdiff.comm import exchange_json
+from fdiff.errors import UserError
+from fdiff.federation.assemble import RankSetup
+from fdiff.federation.voting import together
+
+ROUNDS = 3  # whose plans are compared
+SAMPLE = 64  # initial weights that are compared
+TOLERANCE = 1e-4  # of theirs: unlike processors draw normal numbers with unlike last bits
+
+
+def check_same_code(rank: RankSetup, trained: bool) -> None:
+    """UserError on every rank if they plan or hold different things; of a model that is `trained` the weights may be.
+
+    Every rank calls it.
+    """
+    buckets = rank.host.trainer.buckets
+    facts = {
+        "the plan's checksum": checksum_of(together(rank.comm, lambda: [rank.plan(n) for n in range(1, ROUNDS + 1)])),
+        "the model's parameters": checksum_of([checkpoint.layout_table(buckets.layout), buckets.order]),
+        "the frozen parameters": checkpoint.checksum(buckets.frozen.cpu().numpy())[:12],
+    }
+    at = torch.linspace(0, len(buckets.flat) - 1, SAMPLE, dtype=torch.float64).long()
+    initial = [] if trained else buckets.flat[at.to(buckets.flat.device)].cpu().tolist()
+    everyone = exchange_json(rank.comm, [facts, initial])
+    if differences := find_differences([told for told, _ in everyone]):
+        raise _agreed(f"{'; '.join(differences)}; give all ranks the same files and the same fdiff")
+    for number, (_, weights) in enumerate(everyone):
+        if not np.allclose(weights, everyone[0][1], rtol=TOLERANCE, atol=TOLERANCE):
+            raise _agreed(
+                f"model.kind: rank {number} has other initial weights than rank 0; draw them from torch's own generator"
+            )
+
+
+def _agreed(text: str) -> UserError:
+    error = UserError(text)
+    error.agreed = True  # all ranks compare the same facts
+    return error
+
+
+def checksum_of(value: object) -> str:
+    """12 letters that differ if the value does, as Python writes it."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def find_differences(everyone: Sequence[Mapping[str, str]]) -> list[str]:
+    """A phrase for each fact that is not the same on all ranks, e.g. "optim.lr: 0.1 on rank 0, 0.2 on ranks 1, 2"."""
+    names = dict.fromkeys(name for facts in everyone for name in facts)
+    found = []
+    for name in names:
+        ranks: dict[str, list[str]] = {}
+        for rank, facts in enumerate(everyone):
+            ranks.setdefault(facts.get(name, "not there"), []).append(str(rank))
+        if len(ranks) > 1:
+            said = [f"{value} on rank{'s' * (len(of) > 1)} {', '.join(of)}" for value, of in ranks.items()]
+            found.append(f"{name}: {', '.join(said)}")
+    return found

@@ -1,0 +1,95 @@
+"""From the configuration to a model: the paper's UNet, or one of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from fdiff import registry, seeds
+from fdiff.config import PARTS, Config, ModelConfig
+from fdiff.errors import UserError, first_line
+from fdiff.model.buckets import layout_of, part_sizes
+from fdiff.model.unet import UNet
+
+
+def build_unet(shape: tuple[int, int, int], model: ModelConfig) -> UNet:
+    """The paper's UNet for images (C, S, S)."""
+    return UNet(shape[0], model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
+
+
+BUILDERS = {"unet": build_unet}
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model with its initial weights, which derive from the seed and are equal on every rank; float32, CPU.
+
+    A builder of the user's own is called as `build(shape, model, **options)`: the (C, S, S) of the images, the group
+    `model` of the configuration, and `model.options`. UserError if that is no model that can be shared.
+    """
+    kind, options = config.model.kind, config.model.options
+    build = BUILDERS.get(kind) or registry.find("model.kind", kind)
+    _check_options(kind, build, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derive(config.run.seed, "weights"))
+        try:
+            model = build(config.data.shape, config.model, **options)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of somebody's function
+            if kind in BUILDERS:
+                raise
+            raise UserError(f"model.kind: {kind} fails ({type(error).__name__}: {first_line(error)})") from None
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.kind: {kind} returns a {type(model).__name__}; it must be a torch.nn.Module")
+    return model
+
+
+def _check_options(kind: str, build: object, options: dict[str, object]) -> None:
+    try:
+        known = inspect.signature(build).parameters  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise UserError(f"model.kind: {kind} is no function that builds a model") from None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    names = [*known][2:]  # behind shape and model
+    if unknown := [name for name in options if name not in names]:
+        right = f"its options are {', '.join(names)}" if names else "it has none"
+        raise UserError(f"model.options.{unknown[0]}: {kind} has no such option; {right}")
+
+
+def describe_model(config: Config) -> nn.Module:
+    """The model without memory for its parameters, or, of one that cannot be had so, with it."""
+    with torch.device("meta"):
+        try:
+            return build_model(config)
+        except UserError:
+            if config.model.kind in BUILDERS:
+                raise
+    return build_model(config)
+
+
+def sizes_of(config: Config) -> dict[str, int]:
+    """Trained parameters of each part of the configured model that has some."""
+    return part_sizes(layout_of(describe_model(config)))
+
+
+def parts_of(config: Config) -> tuple[str, ...]:
+    """The parts of the configured model that have something to train."""
+    return PARTS if config.model.kind in BUILDERS else tuple(sizes_of(config))
+
+
+def check_forward(model: nn.Module, config: Config) -> None:
+    """UserError unless the model predicts as much noise as an image has. Runs it once, with two images of zeros."""
+    x, t = torch.zeros(2, *config.data.shape), torch.zeros(2, dtype=torch.int64)
+    kind = config.model.kind
+    try:
+        with torch.no_grad():
+            predicted = model(x, t, t if config.model.classes else None)
+    except Exception as error:  # of somebody's module
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model.kind: {kind} fails on images of {config.data.shape} ({reason})") from None
+    if not isinstance(predicted, torch.Tensor) or predicted.shape != x.shape:
+        shape = tuple(predicted.shape) if isinstance(predicted, torch.Tensor) else type(predicted).__name__
+        raise UserError(f"model.kind: {kind} makes {shape} of images {tuple(x.shape)}; it must predict their noise")
