@@ -147,6 +147,32 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How the clients' updates of the shared parts are made smaller before they are summed; not in the paper."""
+
+    kind: Literal["none", "quantize", "random-k", "top-k", "low-rank"] = "none"
+    """Stochastic rounding to few levels, some random or the largest values only, or matrices as thin factors."""
+    levels: int = 16
+    """Levels of quantize, at least 2."""
+    block: int = 1024
+    """Values that share a scale in quantize, a power of two."""
+    rotate: bool = False
+    """Rotate each block of quantize at random before it is rounded, so that single large values cost less."""
+    fraction: float = 0.1
+    """Share of the values that random-k and top-k send, in (0, 1]."""
+    rank: int = 4
+    """Rank of the factors of low-rank."""
+    error_feedback: bool | None = None
+    """Add what a client's report left out to its next one; by default with top-k and low-rank."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether clients keep what their reports left out."""
+        by_default = self.kind in ("top-k", "low-rank")
+        return self.kind != "none" and (by_default if self.error_feedback is None else self.error_feedback)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How images are drawn from a model."""
 
@@ -219,6 +245,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     run: RunConfig = field(default_factory=RunConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -252,6 +279,7 @@ GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "diffusion": DiffusionConfig,
     "optim": OptimConfig,
+    "compression": CompressionConfig,
     "sample": SampleConfig,
     "run": RunConfig,
     "runtime": RuntimeConfig,
@@ -305,6 +333,10 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "optim.lr": (lambda v: v > 0, "greater than 0"),
     "optim.batch_size": _between(1, 10_000_000),
     "optim.ema": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "compression.levels": _between(2, 2**53),
+    "compression.block": (lambda v: 8 <= v <= 2**20 and v & (v - 1) == 0, "a power of two between 8 and 1048576"),
+    "compression.fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "compression.rank": _between(1, 4096),
     "sample.steps": _between(1, 100_000),
     "sample.images": _between(1, 100_000),
     "sample.every": _between(0, MANY),
@@ -403,6 +435,7 @@ def _check_relations(config: Config) -> None:
             f"{diffusion.beta_end}"
         )
     _check_schedule(diffusion)
+    _check_words(config)
     if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:
         raise UserError(
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
@@ -425,6 +458,16 @@ def _check_relations(config: Config) -> None:
 def stages_of(model: ModelConfig) -> int:
     """The stages between which the model halves the side of an image, as far as its configuration tells."""
     return len(model.dim_mults) if model.kind in KINDS else 1
+
+
+def _check_words(config: Config) -> None:
+    """UserError if the sum of all reporters' levels is more than a word of 64 bits holds."""
+    levels, clients = config.compression.levels, config.federation.clients
+    if config.compression.kind == "quantize" and (bits := (clients * (levels - 1)).bit_length()) > 63:
+        raise UserError(
+            f"compression.levels: {levels} is not valid with {clients} clients; a value of the sum would take {bits} "
+            "bits, and a word holds 63: use fewer levels"
+        )
 
 
 def _check_schedule(diffusion: DiffusionConfig) -> None:

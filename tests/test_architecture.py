@@ -16,6 +16,7 @@ FLOORS = [
     {"sweeps", "report"},
     {"bench", "evaluation"},
     {"federation"},
+    {"compression"},
     {"comm", "checkpoint", "data", "plan", "config_file"},
     {"runtime", "model", "presets"},
     {"config"},

@@ -17,12 +17,12 @@ import torch
 
 from fdiff.bench import no_training
 from fdiff.bench.measure import Result, compare, in_turns
-from fdiff.comm import Collectives, Communicator
+from fdiff.comm import Collectives, Communicator, SoloCommunicator
 from fdiff.config import Config
 from fdiff.errors import UserError
-from fdiff.federation import Federation, itemsize
+from fdiff.federation import Federation, bytes_by_purpose, itemsize
 from fdiff.model import parts_of
-from fdiff.plan import methods_for, wire_bytes
+from fdiff.plan import RoundPlan, methods_for
 
 WIDTHS = (28, 64, 128)  # 3.0, 14.9 and 58.4 million parameters of the paper's model
 REPEATS, WARMUP = 15, 3
@@ -44,7 +44,7 @@ def _measure(config: Config, comm: Communicator, device: torch.device) -> list[R
     clients = config.federation.clients
     with no_training.federation(config, comm, device) as federation:
         sizes = federation.rank.host.trainer.buckets.sizes
-        parts = _parts(federation, sizes)
+        parts = _parts(federation)
         actions = {"round": rounds(federation.round), **parts}
         taken = in_turns(actions, comm, device, REPEATS, WARMUP)
     milliseconds = {key: [1e3 * s for s in series] for key, series in taken.items()}
@@ -61,13 +61,13 @@ def rounds(round: Callable[[int], None]) -> Callable[[], None]:
     return lambda: round(next(numbers))
 
 
-def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[[], object]]:
+def _parts(federation: Federation) -> dict[str, Callable[[], object]]:
     """What a round consists of, by name: weighting a tensor and an all-reduce of it over all ranks that sends as many
     bytes as the first round's plan, a vote, the log's line, and the copy that its checkpoint is written from."""
     config, comm, host = federation.config, federation.comm, federation.rank.host
     round = federation.select(1)
     round.reports, round.seconds = [no_training.report(client) for client in host.clients], {"train": 1.0}
-    planned = wire_bytes(round.plan, sizes, config.federation.clients, comm.size, itemsize(config))
+    planned = bytes_by_purpose(round.plan, config, federation.rank.payload, comm.size)["parameters"]
     tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=host.shared.device)
     assert isinstance(comm, Collectives)  # several ranks
 
@@ -78,9 +78,28 @@ def _parts(federation: Federation, sizes: dict[str, int]) -> dict[str, Callable[
 
     log()  # its line is part of the copy
     return {
+        **_compression(federation),
         "weights": lambda: tensor.mul_(0.5),
         "all-reduce": lambda: comm.bare_all_reduce(tensor),
         "vote": federation.votes.vote,
         "log line": log,
         "copy": lambda: federation.commits.prepare(round),
     }
+
+
+def _compression(federation: Federation) -> dict[str, Callable[[], object]]:
+    """What a rank has to do to encode one client's update and to decode a sum; nothing without compression."""
+    rank = federation.rank
+    if rank.config.compression.kind == "none":
+        return {}
+    host, client = rank.host, rank.host.clients[0].index
+    plan = RoundPlan(1, (client,), dict.fromkeys(host.slices, (client,)))
+    alone = replace(rank, comm=SoloCommunicator())
+    out, update = host.shared.clone(), torch.randn_like(host.shared).mul_(1e-3)
+
+    def encode_and_decode() -> None:
+        averaging = alone.aggregation(plan, out, "parameters")
+        averaging.add(client, host.shared + update)
+        averaging.finish()
+
+    return {"compression": encode_and_decode}

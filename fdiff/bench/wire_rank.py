@@ -17,9 +17,9 @@ from fdiff.bench.network import INTERFACE
 from fdiff.bench.wire import as_rows
 from fdiff.comm import Collectives, Communicator, Sum, connect, exchange_json
 from fdiff.config import Config, from_dict
-from fdiff.federation import plan_of, seconds
+from fdiff.federation import bytes_by_purpose, plan_of, seconds
 from fdiff.model import parts_of
-from fdiff.plan import RoundPlan, methods_for, reporting_ranks, wire_bytes
+from fdiff.plan import RoundPlan, methods_for, reporting_ranks
 from fdiff.runtime import launcher, set_up
 
 ROUNDS, WARMUP = 6, 2
@@ -44,7 +44,7 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
     """Bytes and time of a method's rounds."""
     config = no_training.quiet(config, comm.size)
     with no_training.federation(config, comm, torch.device("cpu")) as federation:
-        sizes = federation.rank.host.trainer.buckets.sizes
+        payload = federation.rank.payload
         for round in range(1, WARMUP + 1):
             federation.round(round)
         plans = [_plan(config, WARMUP + 1 + i) for i in range(ROUNDS)]
@@ -53,14 +53,21 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
             taken.append(federation.round(plan.round).seconds["aggregate"])
         sent = sum(exchange_json(comm, _payload() - before))
     ours = slowest(comm, {"ours": taken})["ours"]
-    forecast = [seconds(plan, config, sizes, comm.size, mbit_per_s) for plan in plans]
-    planned = sum(wire_bytes(plan, sizes, comm.size, comm.size) for plan in plans)
-    library = in_turns({"library": _library(plans, sizes, comm)}, comm, torch.device("cpu"), ROUNDS)["library"]
+    forecast = [seconds(plan, config, payload, comm.size, mbit_per_s) for plan in plans]
+    planned = sum(bytes_by_purpose(plan, config, payload, comm.size)["parameters"] for plan in plans)
+    compressed = config.compression.kind != "none"
+    sums = {"library": _library(plans, payload.sizes, comm)}
+    if compressed:  # those bytes, as they would travel without being encoded and decoded
+        words = {p: -(-payload.of_one(p, len(plans[0].reporters.get(p, (0,)))) // 4) for p in payload.sizes}
+        sums["collectives"] = _library(plans, words, comm)
+    taken = in_turns(sums, comm, torch.device("cpu"), ROUNDS)
+    library = taken["library"]
     name = f"{config.method}, {comm.size} ranks, {mbit_per_s:g} Mbit/s"
     return [
         compare(f"{name}: bytes a round", [sent / ROUNDS], [planned / ROUNDS], "bound", "bytes"),
         compare(f"{name}: time", ours, forecast, "bound", "s"),
-        compare(f"{name}: beside library", ours, library, "baseline", "s"),
+        compare(f"{name}: beside library{', uncompressed' * compressed}", ours, library, "baseline", "s"),
+        *[compare(f"{name}: {key} alone", taken[key], library, "baseline", "s") for key in taken if key != "library"],
     ]
 
 

@@ -11,7 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from fdiff.comm.available import transports
-from fdiff.comm.base import Communicator, Ledger, LostRanks, NoRendezvous, Stranger, Sum, agree, exchange_json, gather
+from fdiff.comm.base import (
+    Communicator,
+    Ledger,
+    LostRanks,
+    NoRendezvous,
+    Stranger,
+    Sum,
+    agree,
+    exchange_json,
+    gather,
+    pass_on,
+)
 from fdiff.comm.collectives import Collectives
 from fdiff.comm.mpi_library import STARTERS
 from fdiff.comm.schedule import PHASES, loads

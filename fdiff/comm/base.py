@@ -46,13 +46,14 @@ class Sum:
     """A contiguous tensor to be summed, in place, over its reporters, and written to its receivers as well.
 
     Both are sorted, and no rank is in both; on other ranks the tensor is not touched. `weights` has the factor by which
-    a reporter's tensor counts; none: 1 each.
+    a reporter's tensor counts; none: 1 each. With `largest` not the sum is made, but the largest of each element.
     """
 
     tensor: Tensor
     reporters: tuple[int, ...]
     receivers: tuple[int, ...] = ()
     weights: Mapping[int, float] | None = None
+    largest: bool = False
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -195,6 +196,26 @@ def device_problem(places: Sequence[Sequence[str]], share_gpu: bool) -> str | No
         "own, or let them share it with --runtime.share_gpu true (they then communicate over gloo), or start one rank "
         "a GPU, which then hosts several clients"
     )
+
+
+def pass_on(comm: Communicator, terms: Sequence[Tensor], out: Tensor, ranks: Sequence[int]) -> None:
+    """Put the sum of the terms of `ranks` into `out` on all ranks, added strictly in the order of ranks, then of terms.
+
+    So it is bit-equal however the terms are spread. `terms` are this rank's, none on one that is not in `ranks`.
+    """
+    if comm.rank in ranks:
+        at = ranks.index(comm.rank)
+        if at > 0:
+            so_far = torch.empty_like(out)
+            comm.recv(so_far, ranks[at - 1])
+            terms = [so_far, *terms]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        out.copy_(total)
+        if at + 1 < len(ranks):
+            comm.send(out, ranks[at + 1])
+    comm.broadcast(out, ranks[-1], tuple(range(comm.size)))
 
 
 def gather(comm: Communicator, tensor: Tensor) -> list[Tensor]:

@@ -93,7 +93,7 @@ class Collectives(ABC, Generic[T]):
             group = self._group(reporters)
             if self.rank in reporters:
                 self.ledger.count(2 * (len(reporters) - 1) / len(reporters) * tensor.nbytes)
-                self._all_reduce(tensor, group, reporters)
+                self._all_reduce(tensor, group, reporters, one.largest)
         if receivers:
             to = tuple(sorted((reporters[0], *receivers)))
             group = self._group(to)
@@ -114,8 +114,11 @@ class Collectives(ABC, Generic[T]):
         """The backend's blocking all-reduce over all ranks, to be measured: it watches, counts and names nobody."""
 
     @abstractmethod
-    def _all_reduce(self, tensor: Tensor, group: T, ranks: tuple[int, ...]) -> None:
-        """The backend's all-reduce, in place, in the group of these ranks, of which this is one; LostRanks."""
+    def _all_reduce(self, tensor: Tensor, group: T, ranks: tuple[int, ...], largest: bool) -> None:
+        """The backend's all-reduce, in place, in the group of these ranks, of which this is one; LostRanks.
+
+        Of the sum, or of the `largest`.
+        """
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor, source: int, group: T, ranks: tuple[int, ...]) -> None:

@@ -40,7 +40,10 @@ CHUNK_BYTES = 2**30  # before MPI-4 counts are C ints; and some libraries of tha
 ALIGNMENT = 64  # bytes
 SUM_TAG, TENSOR_TAG = 4, 5
 
-_TYPES = {torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.uint8: "UINT8_T", torch.int64: "INT64_T"}
+_TYPES = {
+    torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.uint8: "UINT8_T", torch.int32: "INT32_T",
+    torch.int64: "INT64_T",
+}  # fmt: skip
 
 
 class MpiCommunicator(Collectives[Any]):
@@ -81,10 +84,15 @@ class MpiCommunicator(Collectives[Any]):
             here = [replace(s, tensor=stages.enter_context(self._reachable(s.tensor))) for s in sums]
             self._transfers.carry_out(here, self._post, lambda requests: self._control.wait(requests, what, members))
 
-    def _all_reduce(self, tensor: Tensor, group: Intracomm, ranks: tuple[int, ...]) -> None:
-        call = group.Allreduce if self._blocks else group.Iallreduce
+    def _all_reduce(self, tensor: Tensor, group: Intracomm, ranks: tuple[int, ...], largest: bool) -> None:
+        reduce = group.Allreduce if self._blocks else group.Iallreduce
+        operation = self._MPI.MAX if largest else self._MPI.SUM
+
+        def call(memory: list[Any]) -> Request | None:
+            return reduce(self._MPI.IN_PLACE, memory, operation)
+
         with self._reachable(tensor) as buffer:
-            self._each_chunk(buffer, lambda memory: call(self._MPI.IN_PLACE, memory), "all-reduce", ranks, self._blocks)
+            self._each_chunk(buffer, call, "all-reduce", ranks, self._blocks)
 
     def _broadcast(self, tensor: Tensor, source: int, group: Intracomm, ranks: tuple[int, ...]) -> None:
         call, root = group.Bcast if self._blocks else group.Ibcast, ranks.index(source)

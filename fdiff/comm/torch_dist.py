@@ -86,8 +86,9 @@ class TorchCommunicator(Collectives[Any]):
             members = tuple(sorted({r for s in sums for r in s.ranks}))
             self._control.watch(lambda: self._transfers.carry_out(here, _post, _wait), what, members)
 
-    def _all_reduce(self, tensor: Tensor, group: Any, ranks: tuple[int, ...]) -> None:
-        self._payload(tensor, lambda t: dist.all_reduce(t, group=group, async_op=True), "all-reduce", ranks)
+    def _all_reduce(self, tensor: Tensor, group: Any, ranks: tuple[int, ...], largest: bool) -> None:
+        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        self._payload(tensor, lambda t: dist.all_reduce(t, operation, group, async_op=True), "all-reduce", ranks)
 
     def _broadcast(self, tensor: Tensor, source: int, group: Any, ranks: tuple[int, ...]) -> None:
         self._payload(tensor, lambda t: dist.broadcast(t, source, group=group, async_op=True), "broadcast", ranks)

@@ -36,6 +36,7 @@ class _Move:
     adds: bool
     to: tuple[int, ...]
     weight: float
+    largest: bool
     vacant: int
 
     @property
@@ -97,12 +98,13 @@ class Transfers:
         weights = [one.weight(self._rank) if self._rank in one.reporters else 1.0 for one in sums]
         # A reporter has sent its share of a piece on before it expects the sum to take its place.
         rounds = [len(one.reporters) - 1 if self._rank in one.reporters else sys.maxsize for one in sums]
+        largest = [one.largest for one in sums]
         moves = []
         for step, at_once in enumerate(zip_longest(*shares, fillvalue=())):
-            for tensor, weight, round, here in zip(flat, weights, rounds, at_once, strict=True):
+            for tensor, weight, most, round, here in zip(flat, weights, largest, rounds, at_once, strict=True):
                 for hop in here:
                     piece, vacant = tensor[slice(*hop.span)], 0 if hop.adds else step - round
-                    moves.append(_Move(step, piece, hop.source, hop.adds, hop.to, weight, vacant))
+                    moves.append(_Move(step, piece, hop.source, hop.adds, hop.to, weight, most, vacant))
         return moves
 
     def _slots(self, like: Tensor) -> Sequence[Tensor]:
@@ -121,12 +123,14 @@ class Transfers:
         return _Arrival(chunk, target, self._post(False, target, move.source))
 
     def _take(self, move: _Move, arrival: _Arrival) -> None:
-        """Wait for it; if it is to be added, add what is here. Whole numbers have no weights."""
+        """Wait for it; if it is to be added, add what is here, or keep the larger. Whole numbers have no weights."""
         self._wait([arrival.handle])
         here, term = arrival.chunk, arrival.target
         if not move.adds:
             return
-        if move.weight == 1:
+        if move.largest:
+            torch.maximum(here, term, out=here)
+        elif move.weight == 1:
             here.add_(term)
         else:
             torch.add(term, here, alpha=move.weight, out=here)

@@ -12,9 +12,8 @@ from typing import Any
 from fdiff.config import Config
 from fdiff.evaluation.extractors import DISTANCES, FEATURES, knows_clothes
 from fdiff.evaluation.scoring import summary
-from fdiff.federation import plan_of, read_log
-from fdiff.model import sizes_of
-from fdiff.plan import NeedsImages, communicated_parameters, new_clients
+from fdiff.federation import communicated, payload_of, plan_of, read_log
+from fdiff.plan import NeedsImages, new_clients
 
 WIDE_SPREAD = 1 / 3  # of the clients' mean; the paper's are at 0.19 and 0.27 on iid data, at 0.40 to 1.1 on skewed
 PATIENCE = 2  # scored rounds without a better distance before it counts as no progress
@@ -121,15 +120,15 @@ def _other_savings(config: Config, log: Sequence[dict[str, Any]]) -> list[str]:
     Held against the plan are all rounds of the log: a run that was given more of them later has some that the
     configuration in an older checkpoint does not count.
     """
-    sizes, fed, seed = sizes_of(config), config.federation, config.run.seed
+    payload, fed, seed = payload_of(config), config.federation, config.run.seed
     planned = {}
     for number in (r["round"] for r in log):
         try:
-            plan = plan_of(config, number, tuple(sizes))
+            plan = plan_of(config, number, tuple(payload.sizes))
         except NeedsImages:  # which the run had, and held its bytes against the plan itself
             return []
         new = new_clients(plan, fed.clients, seed, fed.fraction)
-        planned[number] = communicated_parameters(plan, sizes, new)
+        planned[number] = communicated(plan, payload, new)
     wrong = [r for r in log if r["communicated_parameters"] != planned[r["round"]]]
     if not wrong:
         return []

@@ -10,7 +10,17 @@ from fdiff.federation.assemble import check_ranks
 from fdiff.federation.client import Client, Report, Trainer
 from fdiff.federation.export import check_choice, load_model, save_model
 from fdiff.federation.federator import Federator
-from fdiff.federation.forecast import forecast_run, itemsize, methods_table, plan_of, plans, seconds
+from fdiff.federation.forecast import (
+    bytes_by_purpose,
+    communicated,
+    forecast_run,
+    itemsize,
+    methods_table,
+    payload_of,
+    plan_of,
+    plans,
+    seconds,
+)
 from fdiff.federation.logs import append_jsonl, read_regular, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
 from fdiff.federation.rounds import Federation, run

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fdiff.comm import Communicator, Sum
+from fdiff.comm import Communicator, Sum, pass_on
 from fdiff.plan import RoundPlan, hosted_by, reporting_ranks
 
 
@@ -84,7 +84,8 @@ class Aggregation:
                 self._comm.combine([self._sum(i, left[i], ranks[i]) for i in segments])
                 return
             for i in segments:
-                self._pass_on(i, ranks[i])
+                terms, self._terms[i] = self._terms[i], []
+                pass_on(self._comm, terms, self._out[self._segments[i][0]], ranks[i])
         for (span, reporters), those in zip(self._segments, left, strict=True):
             if set(those) < set(reporters):
                 self._out[span].mul_(self._total(reporters) / self._total(those))
@@ -138,25 +139,6 @@ class Aggregation:
         """The client that is its rank's only one."""
         hosted = hosted_by(rank, self._clients, self._comm.size)
         return hosted[0] if len(hosted) == 1 else None
-
-    def _pass_on(self, i: int, ranks: tuple[int, ...]) -> None:
-        out = self._out[self._segments[i][0]]
-        rank = self._comm.rank
-        if rank in ranks:
-            at = ranks.index(rank)
-            terms = self._terms[i]
-            if at > 0:
-                so_far = torch.empty_like(out)
-                self._comm.recv(so_far, ranks[at - 1])
-                terms = [so_far, *terms]
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            out.copy_(total)
-            self._terms[i] = []
-            if at + 1 < len(ranks):
-                self._comm.send(out, ranks[at + 1])
-        self._comm.broadcast(out, ranks[-1], tuple(range(self._comm.size)))
 
 
 def _scaled(tensor: Tensor, weight: float, in_place: bool) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fdiff import checkpoint
 from fdiff.checkpoint import VISIBLE_S, Committer
 from fdiff.comm import Communicator, agree, exchange_json
+from fdiff.compression import Exchange, Payload, payload_for
 from fdiff.config import Config
 from fdiff.data import PATIENCE_S, Shard, check_labels, split_source
 from fdiff.data.partition import label_counts
@@ -27,7 +28,8 @@ from fdiff.errors import UserError
 from fdiff.federation import snapshot
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
-from fdiff.federation.forecast import plan_of
+from fdiff.federation.compressed import FACTORS, SENT_EMA, CompressedAggregation, compresses
+from fdiff.federation.forecast import itemsize, plan_of
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.training_images import OpenedData, open_data
@@ -72,15 +74,33 @@ class RankSetup:
         """Whether each client has a model of its own."""
         return bool(self.host.trainer.private_parts)
 
+    @property
+    def payload(self) -> Payload:
+        """The bytes that stand for each part."""
+        return payload_for(self.config.compression, self.host.trainer.buckets.layout, itemsize(self.config))
+
     def plan(self, round: int) -> RoundPlan:
         """The plan of a round."""
         return plan_of(self.config, round, tuple(self.sizes), self.images)
 
-    def aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation:
+    def aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation | CompressedAggregation:
         """The weighted mean of a round, to be built in `out` (n,)."""
         uniform = self.config.federation.weighting == "uniform"
         weights = {client: 1 if uniform else n for client, n in self.images.items()}
         ordered, clients = self.config.runtime.reduction == "ordered", self.config.federation.clients
+        if compresses(self.config, purpose):
+            host, config = self.host, self.config
+            layout = [slot for slot in host.trainer.buckets.layout if slot.part in host.slices]
+            factors = host.federation.get(FACTORS)
+            exchange = Exchange(
+                self.comm, config.compression, layout, config.run.seed, plan.round, purpose, ordered, factors
+            )
+            trains = purpose == "parameters"
+            start = host.start() if trains else host.federation[SENT_EMA]
+            left_out = host.left_out if trains and config.compression.feeds_back else None
+            return CompressedAggregation(
+                plan, weights, start, out, host.slices, clients, exchange, purpose, host.alone, left_out
+            )
         return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, self.drops)
 
 

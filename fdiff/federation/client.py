@@ -54,7 +54,8 @@ class Trainer:
     """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
-    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer. Parameters themselves are in
+    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer, `left-out` (n,) of the shared parts with error
+    feedback. Parameters themselves are in
     `buckets`, the shared parts behind the private ones.
     """
 
@@ -71,6 +72,9 @@ class Trainer:
         self.working: dict[str, Tensor] = {}
         if config.optim.ema:
             self.working["ema"] = self.buckets.flat.clone()
+        if config.compression.feeds_back:
+            span = self.buckets.span(self.shared_parts)
+            self.working["left-out"] = torch.zeros_like(self.buckets.flat[span])
         self._optimizer = self._make_optimizer()
         self._noise = torch.Generator(device)
         self._loss = capture.compiled(diffusion.loss, device, execution)

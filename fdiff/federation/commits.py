@@ -73,6 +73,6 @@ class Commits:
         prepared = self.prepared
         assert prepared is not None  # or the vote that stopped the run would have failed it
         own = {client: torch.from_numpy(arrays["ema"]) for client, arrays in prepared.clients.items()}
-        ema = average_ema(self._rank, self._votes, self._without_ema, own)
+        ema = average_ema(self._rank, self._votes, self._without_ema, own, planned=False)
         with self._votes.keeping_errors("checkpoint"):
             self.prepared = snapshot.with_ema(prepared, self._rank.host, ema, self._copies)

@@ -15,9 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 from fdiff.comm import PHASES, Ledger, loads
-from fdiff.config import Config
+from fdiff.compression import Payload, payload_for
+from fdiff.config import CompressionConfig, Config
+from fdiff.federation.compressed import compresses, kept_by_federation
 from fdiff.federation.sample_batches import grid_batches
-from fdiff.model import sizes_of
+from fdiff.model import describe_model, layout_of, sizes_of
 from fdiff.plan import (
     RoundPlan,
     communicated_parameters,
@@ -57,22 +59,25 @@ def forecast_run(
 
     With the bandwidth of a rank's link, in Mbit/s, also the time of the collectives, as `seconds` of each round.
     """
-    sizes = sizes_of(config)
+    payload = payload_of(config)
+    sizes = payload.sizes
+    kept_by_federation(config, payload.layout, shared_parts(config.method, tuple(sizes)))  # or there is nothing to do
     planned = plans(config, tuple(sizes), images)
-    by_purpose = [bytes_by_purpose(plan, config, sizes, ranks) for plan in planned]
+    by_purpose = [bytes_by_purpose(plan, config, payload, ranks) for plan in planned]
     rounds = [
         {
             "round": plan.round,
             "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
-            "parameters": communicated_parameters(plan, sizes, new),
+            "parameters": communicated(plan, payload, new),
             "wire_bytes": sum(sent.values()),
-            **({"seconds": seconds(plan, config, sizes, ranks, bandwidth)} if bandwidth else {}),
+            **({"seconds": seconds(plan, config, payload, ranks, bandwidth)} if bandwidth else {}),
         }
         for plan, new, sent in zip(planned, count_new(planned), by_purpose, strict=True)
     ]
     moved, full = sum(r["parameters"] for r in rounds), _parameters_of_full(config, sizes)
     return {
         "parameters": {**sizes, "total": sum(sizes.values())},
+        **_compressed(config, payload, planned[0]),
         "communicated_parameters": moved,
         "communicated_parameters_full": full,
         "saving": 1 - moved / full,
@@ -82,19 +87,52 @@ def forecast_run(
     }
 
 
+def payload_of(config: Config) -> Payload:
+    """The bytes that stand for each part of the configured model; takes no memory for it."""
+    return payload_for(config.compression, layout_of(describe_model(config)), itemsize(config))
+
+
+def communicated(plan: RoundPlan, payload: Payload, new: int) -> int:
+    """The round's share of N, in parameters of this run's precision, as `plan.communicated_parameters` counts.
+
+    With compression what it takes to send as many bytes: the whole model to clients selected for the first time, what
+    stands for the sums to the others, and what stands for its own parts from each reporter.
+    """
+    if payload.config.kind == "none":
+        return communicated_parameters(plan, payload.sizes, new)
+    parts = {part: len(reporters) for part, reporters in plan.reporters.items()}
+    down = sum(payload.of_sum(part, r) for part, r in parts.items()) * (len(plan.selected) - new)
+    up = sum(r * payload.of_one(part, r) for part, r in parts.items())
+    return new * sum(payload.sizes.values()) + math.ceil((down + up) / payload.itemsize)
+
+
+def _compressed(config: Config, payload: Payload, first: RoundPlan) -> dict[str, Any]:
+    """What compression makes of a value, in bits, of each part that the first round shares; nothing without it."""
+    if config.compression.kind == "none":
+        return {}
+    parts = {part: len(reporters) for part, reporters in first.reporters.items()}
+    bits = {part: 8 * payload.of_one(part, r) / payload.sizes[part] for part, r in parts.items()}
+    return {"compression": {"kind": config.compression.kind, "bits_per_value": bits}}
+
+
 def averages_ema(config: Config, round: int) -> bool:
     """Whether the moving averages of this round are averaged: where they are sampled or saved."""
     return bool(config.optim.ema) and (config.samples(round) or config.saves(round))
 
 
-def bytes_by_purpose(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+def bytes_by_purpose(plan: RoundPlan, config: Config, payload: Payload, ranks: int) -> dict[str, int]:
     """Payload bytes that all ranks together send in a round, for each of the ledger's purposes.
 
     A round sends no statistics, which are those of `fdiff evaluate`.
     """
-    parameters = wire_bytes(plan, sizes, config.federation.clients, ranks, itemsize(config))
-    ema = parameters if averages_ema(config, plan.round) else 0
-    by_client = len(plan.reporters) < len(sizes)
+    clients = config.federation.clients
+    parameters = sum(
+        payload.sent(part, len(reporters), len(reporting_ranks(reporters, clients, ranks)), ranks)
+        for part, reporters in plan.reporters.items()
+    )
+    whole = wire_bytes(plan, payload.sizes, clients, ranks, payload.itemsize)
+    ema = (parameters if compresses(config, "ema") else whole) if averages_ema(config, plan.round) else 0
+    by_client = len(plan.reporters) < len(payload.sizes)
     pictures = _bytes_of_grid(config, by_client, ranks) if config.samples(plan.round) else 0
     return {"parameters": parameters, "ema": ema, "statistics": 0, "pictures": pictures}
 
@@ -105,24 +143,33 @@ def _bytes_of_grid(config: Config, by_client: bool, ranks: int) -> int:
     return sent * math.prod(config.data.shape)
 
 
-def seconds(plan: RoundPlan, config: Config, sizes: Mapping[str, int], ranks: int, bandwidth: float) -> float:
+def seconds(plan: RoundPlan, config: Config, payload: Payload, ranks: int, bandwidth: float) -> float:
     """Time of a round's sums if every rank's link has so many Mbit/s."""
-    clients, elements = config.federation.clients, 0
+    sent = _busiest_bytes(plan, config, payload, ranks)
+    if averages_ema(config, plan.round):
+        whole = Payload(CompressionConfig(), payload.slots, payload.itemsize)
+        sent += sent if compresses(config, "ema") else _busiest_bytes(plan, config, whole, ranks)
+    return sent * 8 / (bandwidth * 1e6 * GOODPUT)
+
+
+def _busiest_bytes(plan: RoundPlan, config: Config, payload: Payload, ranks: int) -> int:
+    """Bytes over the busiest link in a round's sums of parameters."""
+    clients = config.federation.clients
     segments = [
-        (sum(sizes[part] for part in parts), reporting_ranks(reporters, clients, ranks))
+        (sum(payload.of_one(part, len(reporters)) for part in parts), reporting_ranks(reporters, clients, ranks))
         for parts, reporters in plan.segments()
     ]
-    if config.runtime.reduction == "ordered":  # each sum is passed on from rank to rank, then delivered
-        for size, those in segments:
-            elements += (len(those) - 1) * size + _busiest([(size, those[-1:])], ranks)
-    else:
-        elements = _busiest(segments, ranks)
-    sums = 2 if averages_ema(config, plan.round) else 1
-    return sums * elements * itemsize(config) * 8 / (bandwidth * 1e6 * GOODPUT)
+    if payload.config.kind == "top-k":  # each client's pairs go to all ranks, one after the other
+        pairs = sum(payload.of_one(part, 1) * len(reporters) for part, reporters in plan.reporters.items())
+        return pairs if ranks > 1 else 0
+    if config.runtime.reduction == "ordered" and payload.config.kind != "quantize":
+        # Each sum is passed on from rank to rank, then delivered.
+        return sum((len(those) - 1) * size + _busiest([(size, those[-1:])], ranks) for size, those in segments)
+    return _busiest(segments, ranks)
 
 
 def _busiest(segments: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
-    """Elements over the busiest link, phase by phase, of sums of so many elements over those ranks, all at once."""
+    """Bytes over the busiest link, phase by phase, of sums of so many bytes over those ranks, all at once."""
     total = [[[0, 0] for _ in range(ranks)] for _ in range(PHASES)]
     for size, reporters in segments:
         receivers = sorted(set(range(ranks)) - set(reporters))

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from fdiff.federation.client import Client, Trainer
+from fdiff.federation.compressed import begin_federation
 
 
 class Host:
-    """The trainer and the clients that share it. `shared` (n,) are the current global parameters, on the device."""
+    """The trainer and the clients that share it. `shared` (n,) are the current global parameters, on the device.
+
+    `federation` is what all ranks keep alike beside them: see `compressed`.
+    """
 
     def __init__(self, trainer: Trainer, clients: list[Client]) -> None:
         self.trainer, self.clients = trainer, clients
@@ -33,6 +37,7 @@ class Host:
         self._parked = False  # whether what the resident has parked is what it has in the trainer
         self._in_place = len(clients) == 1
         self.shared = buckets.flat[self._shared_span]
+        self.federation = begin_federation(trainer.config, buckets.layout, self._parts, self.shared)
         if not self._in_place:
             self.shared, self._next = (self.shared.clone() for _ in range(2))
             for client in clients[1:]:
@@ -44,6 +49,19 @@ class Host:
         spans = {part: self.trainer.buckets.span((part,)) for part in self._parts}
         start = self._shared_span.start
         return {part: slice(s.start - start, s.stop - start) for part, s in spans.items()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has one client, whose parameters are averaged where they are trained."""
+        return self._in_place
+
+    def start(self) -> Tensor:
+        """The global parameters (n,) with which a round begins, where training and averaging leave them."""
+        return self.shared.clone() if self._in_place else self.shared
+
+    def left_out(self, client: int) -> Tensor:
+        """What compression has left out so far of a hosted client's reports (n,), wherever it is now."""
+        return self.state(next(c for c in self.clients if c.index == client))["left-out"]
 
     @property
     def average(self) -> Tensor:

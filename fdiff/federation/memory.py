@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdiff.config import KINDS, Config
+from fdiff.federation.compressed import kept_by_federation
 from fdiff.federation.forecast import itemsize
 from fdiff.model import describe_model, diffusion, layout_of, part_sizes
 from fdiff.plan import hosted_by, shared_parts
@@ -53,16 +54,20 @@ def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
     total, shared = sum(sizes.values()), sum(sizes[part] for part in shared_parts(config.method, tuple(sizes)))
     ema, kept = bool(config.optim.ema), config.federation.keep_optimizer
     hosted = len(hosted_by(rank, config.federation.clients, ranks))
-    state = total - shared + (ema + 2 * kept) * total  # of a client: private parts, moving average, moments
+    compressed, feeds_back = config.compression.kind != "none", config.compression.feeds_back
+    # Of a client: private parts, moving average, moments, what compression has left out.
+    state = total - shared + (ema + 2 * kept) * total + feeds_back * shared
     held = 2 * hosted - 1  # as it is, and as it is being written; but the last one to train is still in the trainer
+    common = sum(kept_by_federation(config, layout_of(model), shared_parts(config.method, tuple(sizes))).values())
     drops = config.federation.on_client_failure == "drop"
-    second = (2 + drops) * (hosted > 1) + ema
+    # Compressed: where the round began, an update, what is decoded, and words or chosen values.
+    second = (2 + drops) * (hosted > 1) + ema + compressed * 4 + feeds_back
     return Memory(
         model=((4 + ema) * total + frozen) * size,
         shared=(second * shared + drops * state) * size,
         activations=activations(config),
-        clients=held * state * size,
-        checkpoint=((1 + ema) * shared + frozen) * size if rank == 0 else 0,
+        clients=(held * state + (hosted if compressed and hosted > 1 else 0) * shared) * size,  # and their updates
+        checkpoint=((1 + ema) * shared + frozen + common) * size if rank == 0 else 0,
     )
 
 

@@ -15,8 +15,8 @@ from fdiff.errors import RunError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Client, Report
-from fdiff.federation.forecast import bytes_by_purpose
-from fdiff.plan import RoundPlan, communicated_parameters, new_clients, round_half_up
+from fdiff.federation.forecast import bytes_by_purpose, communicated
+from fdiff.plan import RoundPlan, new_clients, round_half_up
 
 Row = dict[str, Any]
 
@@ -77,7 +77,7 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
         "selected": sorted((*plan.selected, *round.dropped)),
         "dropped": {str(client): why for client, why in round.dropped.items()},
         "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
-        "communicated_parameters": communicated_parameters(plan, rank.sizes, new),
+        "communicated_parameters": communicated(plan, rank.payload, new),
         "wire_bytes": sum(sent.values()),
         "bytes_by_purpose": sent,
     }
@@ -91,7 +91,7 @@ def _total(everyone: list[Row], purpose: str) -> int:
 
 def _check_sent(round: Round, sent: dict[str, int], rank: RankSetup) -> None:
     """RunError if the ranks together sent other numbers of bytes of parameters and moving averages than planned."""
-    planned = bytes_by_purpose(round.plan, rank.config, rank.sizes, rank.comm.size)
+    planned = bytes_by_purpose(round.plan, rank.config, rank.payload, rank.comm.size)
     for purpose in ("parameters", "ema"):  # a stop gives up the pictures
         if abs(sent[purpose] - planned[purpose]) > 0.5:
             error = RunError(
@@ -103,7 +103,8 @@ def _check_sent(round: Round, sent: dict[str, int], rank: RankSetup) -> None:
 
 
 def _client_row(plan: RoundPlan, report: Row, seconds: dict[str, float], rank: RankSetup) -> Row:
-    reported = sum(rank.sizes[part] for part, clients in plan.reporters.items() if report["client"] in clients)
+    payload, mine = rank.payload, {p: len(those) for p, those in plan.reporters.items() if report["client"] in those}
+    sent = sum(payload.of_one(part, reporters) for part, reporters in mine.items())
     return {
         "round": plan.round,
         "client": report["client"],
@@ -112,6 +113,6 @@ def _client_row(plan: RoundPlan, report: Row, seconds: dict[str, float], rank: R
         "images": report["images"],
         "images_per_s": report["images"] / report["seconds"],
         "seconds": {**seconds, "train": report["seconds"]},
-        "parameters_sent": reported,
-        "bytes_sent": reported * rank.host.shared.element_size(),
+        "parameters_sent": sum(rank.sizes[part] for part in mine),
+        "bytes_sent": sent,
     }

@@ -1,12 +1,13 @@
 """What a checkpoint holds of a federation, and how a federation is put back from one.
 
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
+                     state/<name> (n,), what all ranks keep alike beside them: see `compressed`;
                      frozen (m,), what is not trained, if a model has some;
                      samples (n, C, S, S) uint8, if the round drew a grid.
                      Header: round, config, layout, frozen (its layout), number of images of each client, fingerprints
                      of the images, reporters, metrics of the round, the rows of the logs up to it, if not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
-                     (P,), step ()
+                     (P,), step (), left-out (n,) of the shared parts, with error feedback
 
 Whatever is here is a copy on the host: training goes on while it is written.
 """
@@ -84,6 +85,7 @@ def global_arrays(host: Host, ema: Tensor | None, images: Tensor | None, copies:
     arrays = _by_part(host, "parts", copies.of("parts", host.shared))
     if ema is not None:
         arrays |= _by_part(host, "ema", copies.of("ema", ema))
+    arrays |= {f"state/{name}": copies.of(name, tensor) for name, tensor in host.federation.items()}
     if len(frozen := host.trainer.buckets.frozen):
         arrays["frozen"] = copies.of("frozen", frozen)
     if images is not None:
@@ -202,6 +204,8 @@ def restore(
     states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
         _fill(host.shared[span], arrays, f"parts/{part}", path / "global.h5")
+    for name, tensor in host.federation.items():
+        _fill(tensor, arrays, f"state/{name}", path / "global.h5")
     if len(frozen := host.trainer.buckets.frozen):
         _fill(frozen, arrays, "frozen", path / "global.h5")
     for client, state in zip(host.clients, states, strict=False):

@@ -13,6 +13,7 @@ from fdiff import checkpoint, plan
 from fdiff.checkpoint import Damaged, Examined
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
+from fdiff.federation.compressed import kept_by_federation
 from fdiff.federation.run_files import KINDS
 from fdiff.model import describe_model, layout_of, part_sizes, parts_of, sizes_of
 
@@ -21,7 +22,7 @@ Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
 
 def has_client_files(config: Config) -> bool:
     """Whether a client has anything of its own to save."""
-    own = config.optim.ema or config.federation.keep_optimizer or config.run.keep_local
+    own = config.optim.ema or config.federation.keep_optimizer or config.run.keep_local or config.compression.feeds_back
     return bool(own) or bool(private_parts(config))
 
 
@@ -83,6 +84,8 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
             _check_shape(file, f"{kind}/{part}", (sizes[part],), config, datasets)
     if header.get("frozen", []) != checkpoint.layout_table(frozen):
         raise Damaged(f"{file}: its frozen parameters are laid out otherwise than here; use the fdiff that made it")
+    for name, elements in kept_by_federation(config, layout, plan.shared_parts(config.method, tuple(sizes))).items():
+        _check_shape(file, f"state/{name}", (elements,), config, datasets)
     if frozen:
         _check_shape(file, "frozen", (sum(slot.numel for slot in frozen),), config, datasets)
     return config
@@ -110,8 +113,10 @@ def check_client(file: Path, config: Config, datasets: Datasets) -> None:
         _check_shape(file, name, (sum(sizes.values()),), config, datasets)
     if moments and datasets.get("step") != ((), "float32"):
         raise Damaged(f"{file}: has no number of steps; use another checkpoint")
+    shared = sum(sizes[part] for part in plan.shared_parts(config.method, tuple(sizes)))
+    if config.compression.feeds_back:
+        _check_shape(file, "left-out", (shared,), config, datasets)
     if "local" in datasets:
-        shared = sum(sizes[part] for part in plan.shared_parts(config.method, tuple(sizes)))
         _check_shape(file, "local", (shared,), config, datasets)
 
 
