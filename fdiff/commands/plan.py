@@ -52,6 +52,8 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
         print(f"round {row['round']:3}  {row['wire_bytes']:>13,} bytes  reporters: {reporters}")
     sent = "  ".join(f"{purpose} {n:,}" for purpose, n in cost["bytes_by_purpose"].items() if n)
     print(f"\nbytes on the wire: {sent or 0}")
+    if "compression" in cost:
+        print(_compression(cost["compression"], config))
     print(f"{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
     if config.federation.fraction < 1:
         print("N counts the selected clients only; the bytes count every rank, as each sum reaches all")
@@ -73,6 +75,16 @@ def _with_image_shape(config: Config) -> Config:
 def _names(clients: list[int]) -> str:
     """All of a few; of many their number."""
     return ",".join(map(str, clients)) if len(clients) <= 16 else f"{len(clients)} clients"
+
+
+def _compression(made: dict[str, Any], config: Config) -> str:
+    bits = ", ".join(f"{part} {b:.2f}" for part, b in made["bits_per_value"].items())
+    lines = [f"{made['kind']}: bits a value: {bits}; {made['share_of_dense']:.3f} of the bytes without compression"]
+    if config.optim.ema and made["kind"] != "quantize":
+        lines.append("moving averages travel whole: only quantize compresses them")
+    if made["share_of_dense"] >= 1:
+        lines.append("warning: this compression saves no bytes; use a smaller compression.fraction, or another kind")
+    return "\n".join(lines)
 
 
 def _time(cost: dict[str, Any], bandwidth: float) -> str:

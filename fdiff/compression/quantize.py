@@ -19,6 +19,7 @@ from fdiff.compression.sums import Exchange, Share
 
 WORD = 64  # bits
 ROWS = 512  # blocks that are worked on at a time: of larger pieces each step would go to memory and back
+FEW_LEVELS = 2**8  # of which a level is a byte, and chances of 16 bits are fine enough
 EXACT_LEVELS = 2**16  # up to which float32 has enough digits for a level and for the chance of the next one
 
 
@@ -108,11 +109,19 @@ def round_to_levels(values: Tensor, scales: Tensor, levels: int, noise: torch.Ge
     """
     exact = _exact(levels, values)
     per_value = torch.where(scales > 0, (levels - 1) / 2 / scales.to(exact), 0)[:, None]
-    found = torch.empty(values.shape, dtype=torch.uint8 if levels <= 256 else exact, device=values.device)
+    few = levels <= FEW_LEVELS
+    found = torch.empty(values.shape, dtype=torch.uint8 if few else exact, device=values.device)
     for rows, piece, factor in zip(found.split(ROWS), values.split(ROWS), per_value.split(ROWS), strict=True):
-        chance = torch.rand(piece.shape, generator=noise, device=values.device).to(exact)  # the same in any precision
+        chance = (_chances if few else torch.rand)(piece.shape, generator=noise, device=values.device).to(exact)
         rows.copy_(chance.addcmul_(piece.to(exact), factor).add_((levels - 1) / 2).floor_().clamp_(0, levels - 1))
     return found
+
+
+def _chances(shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Uniform numbers between 0 and 1 of 16 bits each, float32: four of each word that the slow generator makes."""
+    made = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device)
+    made.random_(-(2**63), None, generator=generator)
+    return made.view(torch.int16)[: shape.numel()].view(shape).float().add_(2**15 + 0.5).mul_(2**-16)
 
 
 def values_of(levels_sum: Tensor, scales: Tensor, levels: int, reporters: int) -> Tensor:
@@ -133,7 +142,9 @@ def _exact(levels: int, like: Tensor) -> torch.dtype:
 def pack(levels: Tensor, bits: int, words: Tensor) -> None:
     """Add levels (n,), whole numbers, to words (m,) int64 that hold as many fields: field j of word i is j m + i."""
     for field, piece in enumerate(levels.split(len(words))):
-        words[: len(piece)] += piece.to(torch.int64) << (field * bits)
+        shift = 1 << (field * bits)
+        whole = piece if piece.dtype == torch.uint8 else piece.to(torch.int64)
+        words[: len(piece)].add_(whole, alpha=shift if shift < 2**63 else -shift)  # modulo 2^64
 
 
 def unpack(words: Tensor, bits: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from fdiff.comm import PHASES, Ledger, loads
 from fdiff.compression import Payload, payload_for
 from fdiff.config import CompressionConfig, Config
+from fdiff.errors import UserError
 from fdiff.federation.compressed import compresses, kept_by_federation
 from fdiff.federation.sample_batches import grid_batches
 from fdiff.model import describe_model, layout_of, sizes_of
@@ -77,7 +78,7 @@ def forecast_run(
     moved, full = sum(r["parameters"] for r in rounds), _parameters_of_full(config, sizes)
     return {
         "parameters": {**sizes, "total": sum(sizes.values())},
-        **_compressed(config, payload, planned[0]),
+        **_compressed(config, payload, planned[0], ranks),
         "communicated_parameters": moved,
         "communicated_parameters_full": full,
         "saving": 1 - moved / full,
@@ -106,13 +107,16 @@ def communicated(plan: RoundPlan, payload: Payload, new: int) -> int:
     return new * sum(payload.sizes.values()) + math.ceil((down + up) / payload.itemsize)
 
 
-def _compressed(config: Config, payload: Payload, first: RoundPlan) -> dict[str, Any]:
-    """What compression makes of a value, in bits, of each part that the first round shares; nothing without it."""
+def _compressed(config: Config, payload: Payload, first: RoundPlan, ranks: int) -> dict[str, Any]:
+    """What compression makes of a value, in bits, of each part that the first round shares, and of the bytes on the
+    wire; nothing without it."""
     if config.compression.kind == "none":
         return {}
     parts = {part: len(reporters) for part, reporters in first.reporters.items()}
     bits = {part: 8 * payload.of_one(part, r) / payload.sizes[part] for part, r in parts.items()}
-    return {"compression": {"kind": config.compression.kind, "bits_per_value": bits}}
+    dense = wire_bytes(first, payload.sizes, config.federation.clients, ranks, payload.itemsize)
+    share = bytes_by_purpose(first, config, payload, ranks)["parameters"] / dense if dense else 1.0
+    return {"compression": {"kind": config.compression.kind, "bits_per_value": bits, "share_of_dense": share}}
 
 
 def averages_ema(config: Config, round: int) -> bool:
@@ -194,7 +198,11 @@ def methods_table(config: Config, ranks: int, images: Images = None) -> str:
     name, what = max(map(len, ("ulatdec", *shared))) + 1, max(28, *map(len, shared.values()))
     lines = [f"{'method':{name}} {'shared parts':{what}} {'N (parameters)':>15} {'saving':>7} {'wire bytes':>15}"]
     for method, those in shared.items():
-        cost = forecast_run(replace(config, method=method), ranks, images=images)
+        try:
+            cost = forecast_run(replace(config, method=method), ranks, images=images)
+        except UserError as error:  # what it shares may be nothing for this compression
+            lines.append(f"{method:{name}} {error}")
+            continue
         lines.append(
             f"{method:{name}} {those:{what}} {cost['communicated_parameters']:>15,} {cost['saving']:>7.1%} "
             f"{cost['wire_bytes']:>15,}"

@@ -56,14 +56,22 @@ class Curve:
     average: Points = ()
     clients: Sequence[Points] = ()
 
+    def over(self, places: Mapping[int, float]) -> Curve:
+        """The same over other places than rounds, of the models' mean; rounds that have none are left out."""
+        raw, average = ([(places[int(x)], y) for x, y in p if int(x) in places] for p in (self.raw, self.average))
+        return Curve(raw, average)
+
     def __bool__(self) -> bool:
         """Whether there is anything to show."""
         return bool(self.raw or self.average or self.clients)
 
 
 @mpl.rc_context(STYLE)
-def curves(runs: Mapping[str, Curve], ylabel: str) -> str:
-    """Lines over rounds: a colour for each run, which it has in all drawings of these runs, empty curves among them."""
+def curves(runs: Mapping[str, Curve], ylabel: str, xlabel: str = "round") -> str:
+    """Lines over rounds, or over what `xlabel` says.
+
+    A colour for each run, which it has in all drawings of these runs, empty curves among them.
+    """
     figure, axes = _figure(5.0, 3.0)
     shown = {name: (curve, _colour(i)) for i, (name, curve) in enumerate(runs.items()) if curve}
     for curve, colour in shown.values():
@@ -72,11 +80,11 @@ def curves(runs: Mapping[str, Curve], ylabel: str) -> str:
         for points, style in ((curve.raw, "-"), (curve.average, "--")):
             marker = "o" if len(points) < 40 else ""
             axes.plot(*_columns(points), style, color=colour, linewidth=2, marker=marker, markersize=4)
-    axes.set(xlabel="round", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=xlabel == "round"))
     if len(runs) > 1:
         _legend_above(axes, {name: Line2D([], [], color=colour, linewidth=2) for name, (_, colour) in shown.items()})
-    return _svg(figure, f"{ylabel} by round")
+    return _svg(figure, f"{ylabel} by {xlabel}")
 
 
 def _colour(i: int) -> str | tuple[float, float, float]:

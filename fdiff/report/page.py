@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdiff import __version__
 from fdiff.config import flat, to_dict
+from fdiff.errors import UserError
 from fdiff.evaluation import DISTANCES
 from fdiff.federation import forecast_run
 from fdiff.model import parts_of
@@ -48,6 +50,7 @@ def render(runs: Sequence[Run]) -> str:
         partitions=[_partition(run) for run in runs],
         communication=[_communication(run) for run in runs],
         time=_time(runs),
+        by_bytes=list(_by_bytes(runs)),
         fields=_fields(runs),
         environments=[_environment(run) for run in runs],
     )
@@ -68,6 +71,16 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
         if any(curves.values()):
             told = len(extractors) > 1 and name not in DISTANCES.values()  # a distance's name tells its extractor
             yield charts.curves(curves, f"{title}{f' by {extractor}' if told else ''} ({best})")
+
+
+def _by_bytes(runs: Sequence[Run]) -> Iterator[str]:
+    """Distances over what had been sent by then, of runs that are scored."""
+    for name, extractor in itertools.product(DISTANCES.values(), sorted({e for run in runs for e in run.extractors})):
+        curves = {run.name: _score_curve(run, name, extractor) for run in runs}
+        sent = {run.name: run.sent_until() for run in runs}
+        moved = {run: curve.over(sent[run]) for run, curve in curves.items()}
+        if any(moved.values()):
+            yield charts.curves(moved, f"{name} (lower is better)", "MB on the wire so far")
 
 
 def _score_curve(run: Run, name: str, extractor: str) -> Curve:
@@ -101,7 +114,10 @@ def _partition(run: Run) -> str:
 def _communication(run: Run) -> str:
     """N of each method with this run's configuration, the run's own method highlighted."""
     methods = dict.fromkeys([*methods_for(parts_of(run.config)), run.config.method])
-    costs = {m: forecast_run(replace(run.config, method=m), run.ranks, images=run.images) for m in methods}
+    costs = {}
+    for method in methods:
+        with suppress(UserError):  # what it shares may be nothing for the run's compression
+            costs[method] = forecast_run(replace(run.config, method=method), run.ranks, images=run.images)
     millions = {method: cost["communicated_parameters"] / 1e6 for method, cost in costs.items()}
     notes = {method: f"−{cost['saving']:.1%}" if cost["saving"] else "" for method, cost in costs.items()}
     return charts.bars(millions, "N, million parameters in all rounds", run.config.method, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,11 @@ class Run:
         """Time of all rounds by phase."""
         phases = list(self.rounds[-1]["seconds"]) if self.rounds else []
         return {phase: sum(r["seconds"].get(phase, 0.0) for r in self.rounds) for phase in phases}
+
+    def sent_until(self) -> dict[int, float]:
+        """MB that all ranks together had sent by the end of each round."""
+        totals = itertools.accumulate(r["wire_bytes"] / 1e6 for r in self.rounds)
+        return dict(zip((r["round"] for r in self.rounds), totals, strict=True))
 
     @property
     def dropped(self) -> list[tuple[int, int, str]]:

@@ -141,7 +141,7 @@ def _is_as_wanted(row: Row, wanted: Score, config: Config) -> bool:
 def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
     config, round, name = cell.config, rows[0]["round"], DISTANCES[rows[0]["extractor"]]
     facts, many = summary(rows, name), len(rows) > 1
-    so_far = replace(config, federation=replace(config.federation, rounds=round))
+    full = replace(config, method="full", federation=replace(config.federation, rounds=round))
     if len(log) < round:
         raise UserError(f"{config.run_dir / 'rounds.jsonl'}: lacks rounds before {round}, which is scored")
     moved, sent = (sum(r[name] for r in log) for name in ("communicated_parameters", "wire_bytes"))
@@ -160,7 +160,7 @@ def _line(cell: Cell, rows: list[Row], log: list[dict[str, Any]]) -> Result:
         worst=facts["worst"] if many else None,
         **{fact: rows[0].get(fact) for fact in FACTS},
         communicated_parameters=moved,
-        saving=1 - moved / forecast_run(replace(so_far, method="full"), ranks=1)["communicated_parameters"],
+        saving=1 - moved / forecast_run(full, ranks=1)["communicated_parameters_full"],
         wire_bytes=sent,
         seconds=sum(sum(r["seconds"].values()) for r in log),
     )

@@ -63,8 +63,8 @@ def test_the_page_opens_wide_and_narrow_light_and_dark(page, width, scheme):
             "return [...document.querySelectorAll('svg, img:not([hidden])')].map(e => {"
             "const b = e.getBoundingClientRect(); return [b.width, b.height, e.naturalWidth ?? 1]; })"
         )
-        # loss and eight scores; a grid, a heat map and the communication of each run; the time of both
-        assert len(sizes) == 9 + 3 * 2 + 1
+        # loss and eight scores; a grid, a heat map and the communication of each run; a score over bytes; the time
+        assert len(sizes) == 9 + 3 * 2 + 2
         assert all(100 < w <= width and h > 40 and loaded > 0 for w, h, loaded in sizes), sizes
         light_ink = chromium.script("return getComputedStyle(document.querySelector('svg text')).fill")
         paper = chromium.script("return getComputedStyle(document.body).backgroundColor")
@@ -119,7 +119,7 @@ def test_the_page_is_self_contained_and_says_what_the_logs_say(runs, page):
 def test_a_run_whose_clients_keep_parts_shows_each_and_warns(runs, monkeypatch):
     udec = read_run(runs / "<b>udec")
     drawn: dict[str, Curve] = {}
-    monkeypatch.setattr(charts, "curves", lambda of, label: drawn.update({label: of["<b>udec"]}) or curves(of, label))
+    monkeypatch.setattr(charts, "curves", lambda of, label, *x: drawn.setdefault(label, of["<b>udec"]) and curves(of, label, *x))
     text = render([udec])
     of_distance = drawn["fd_fmnist (lower is better)"]
     assert [[round for round, _ in client] for client in of_distance.clients] == [[1, 2], [1, 2]]
