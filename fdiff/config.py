@@ -41,6 +41,18 @@ class FederationConfig:
     """Weight of a reporter in the average: its number of images, or the same for all."""
     keep_optimizer: bool = False
     """Keep each client's Adam moments from round to round instead of a fresh Adam a round (the paper's)."""
+    server: Literal["average", "momentum", "adam", "yogi"] = "average"
+    """What becomes of the averaged update of the shared parts: taken as it is, or a step of an optimizer (FedOpt)."""
+    server_lr: float | None = None
+    """The server optimizer's learning rate; by default 1 for momentum, 0.003 for adam and yogi."""
+    server_beta1: float = 0.9
+    """Decay of its mean of updates."""
+    server_beta2: float = 0.99
+    """Decay of adam's and yogi's mean of squares."""
+    server_tau: float = 1e-3
+    """Added to the root of the mean of squares in adam and yogi; that mean begins as its square."""
+    proximal_mu: float = 0.0
+    """FedProx: mu/2 times the squared distance of the shared parts from where the round began joins the local loss."""
     on_client_failure: Literal["stop", "drop"] = "stop"
     """When a client's training fails: stop the run, or go on without that client for the round."""
 
@@ -302,6 +314,11 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "federation.rounds": _between(1, MANY),
     "federation.local_epochs": _between(1, MANY),
     "federation.fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "federation.server_lr": (lambda v: v is None or v > 0, "greater than 0, or null"),
+    "federation.server_beta1": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "federation.server_beta2": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "federation.server_tau": (lambda v: v > 0, "greater than 0"),
+    "federation.proximal_mu": (lambda v: v >= 0, "at least 0"),
     "data.image_side": (lambda v: v is None or 1 <= v <= 4096, "between 1 and 4096 pixels, or null"),
     "data.channels": (lambda v: v in (None, 1, 3), "1, 3 or null"),
     "data.axes": (

@@ -25,7 +25,7 @@ from fdiff.config import Config
 from fdiff.data import PATIENCE_S, Shard, check_labels, split_source
 from fdiff.data.partition import label_counts
 from fdiff.errors import UserError
-from fdiff.federation import snapshot
+from fdiff.federation import server_optimizer, snapshot
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.compressed import FACTORS, SENT_EMA, CompressedAggregation, compresses
@@ -83,8 +83,30 @@ class RankSetup:
         """The plan of a round."""
         return plan_of(self.config, round, tuple(self.sizes), self.images)
 
-    def aggregation(self, plan: RoundPlan, out: Tensor, purpose: str) -> Aggregation | CompressedAggregation:
-        """The weighted mean of a round, to be built in `out` (n,)."""
+    def start(self) -> Tensor | None:
+        """The shared parts (n,) with which a round begins, where averaging them needs to know; None elsewhere."""
+        needs = self.config.federation.server != "average" or compresses(self.config, "parameters")
+        return self.host.start() if needs else None
+
+    def step_server(self, start: Tensor | None) -> None:
+        """Take the server optimizer's step, if there is one, from `start` (n,) and the average, in its place."""
+        if self.config.federation.server != "average" and start is not None:
+            server_optimizer.step(self.config.federation, start, self.host.average, self.host.federation)
+
+    def checksum_of_repeated(self) -> int | None:
+        """A checksum of the shared parts where each rank computes them by itself; None where they are sent.
+
+        Processors that are not alike may round such steps otherwise.
+        """
+        if self.config.federation.server == "average" and not compresses(self.config, "parameters"):
+            return None
+        whole = torch.int64 if self.host.shared.dtype == torch.float64 else torch.int32
+        return int(self.host.shared.view(whole).sum(dtype=torch.int64))
+
+    def aggregation(
+        self, plan: RoundPlan, out: Tensor, purpose: str, start: Tensor | None = None
+    ) -> Aggregation | CompressedAggregation:
+        """The weighted mean of a round, to be built in `out` (n,); `start` (n,) as the method of that name has it."""
         uniform = self.config.federation.weighting == "uniform"
         weights = {client: 1 if uniform else n for client, n in self.images.items()}
         ordered, clients = self.config.runtime.reduction == "ordered", self.config.federation.clients
@@ -96,7 +118,8 @@ class RankSetup:
                 self.comm, config.compression, layout, config.run.seed, plan.round, purpose, ordered, factors
             )
             trains = purpose == "parameters"
-            start = host.start() if trains else host.federation[SENT_EMA]
+            start = start if trains else host.federation[SENT_EMA]
+            assert start is not None
             left_out = host.left_out if trains and config.compression.feeds_back else None
             return CompressedAggregation(
                 plan, weights, start, out, host.slices, clients, exchange, purpose, host.alone, left_out

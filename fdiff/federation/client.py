@@ -55,8 +55,8 @@ class Trainer:
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
     `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer, `left-out` (n,) of the shared parts with error
-    feedback. Parameters themselves are in
-    `buckets`, the shared parts behind the private ones.
+    feedback. Parameters themselves are in `buckets`, the shared parts behind the private ones. `anchor` (n,) are, with
+    FedProx, the shared parts with which the round began.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -76,6 +76,8 @@ class Trainer:
             span = self.buckets.span(self.shared_parts)
             self.working["left-out"] = torch.zeros_like(self.buckets.flat[span])
         self._optimizer = self._make_optimizer()
+        self._shared = self.buckets.span(self.shared_parts)
+        self.anchor = torch.zeros_like(self.buckets.flat[self._shared]) if config.federation.proximal_mu else None
         self._noise = torch.Generator(device)
         self._loss = capture.compiled(diffusion.loss, device, execution)
         self._denoiser = capture.compiled(self.model, device, execution)
@@ -185,13 +187,19 @@ class Trainer:
         return x0, t, epsilon
 
     def descend(self, x0: Tensor, t: Tensor, epsilon: Tensor, labels: Tensor) -> Tensor:
-        """One step of Adam with these timesteps (b,) and this noise (b, C, S, S); the loss, still on the device."""
+        """One step of Adam with these timesteps (b,) and this noise (b, C, S, S); the loss, still on the device.
+
+        The loss is without FedProx's term (Li et al. 2020, eq. 2), which only its gradient knows of.
+        """
         self.buckets.grad.zero_()
         whole = len(x0) == self.config.optim.batch_size
         loss_of = self._loss if whole else diffusion.loss
         with self.autocast():
             loss = loss_of(self.model, self.schedule, x0, t, epsilon, self.labels(labels))
         loss.backward()
+        if self.anchor is not None:  # the gradient of μ/2 ‖θ - θ_start‖²
+            away = self.buckets.flat[self._shared] - self.anchor
+            self.buckets.grad[self._shared].add_(away, alpha=self.config.federation.proximal_mu)
         self._optimizer.step()
         if self.config.optim.ema:
             self.working["ema"].lerp_(self.buckets.flat, 1 - self.config.optim.ema)

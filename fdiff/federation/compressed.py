@@ -8,6 +8,7 @@ update is kept until all have trained and voted: what is agreed on, e.g. a scale
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fdiff.comm import Communicator
 from fdiff.compression import Exchange, Share, average_updates, factor_sizes, first_factors
 from fdiff.config import Config
 from fdiff.errors import RunError, UserError
+from fdiff.federation.server_optimizer import state_of
 from fdiff.model import Slot
 from fdiff.plan import RoundPlan, host_of
 
@@ -108,7 +110,7 @@ def kept_by_federation(config: Config, layout: Sequence[Slot], shared: Sequence[
     UserError if there is nothing to compress.
     """
     slots = [slot for slot in layout if slot.part in shared]
-    kind, kept = config.compression.kind, {}
+    kind, kept = config.compression.kind, dict.fromkeys(state_of(config.federation), sum(slot.numel for slot in slots))
     if kind == "quantize" and config.optim.ema:
         kept[SENT_EMA] = sum(slot.numel for slot in slots)
     if kind == "low-rank":
@@ -126,6 +128,7 @@ def begin_federation(config: Config, layout: Sequence[Slot], shared: Sequence[st
     slots = [slot for slot in layout if slot.part in shared]
     kept = kept_by_federation(config, layout, shared)
     values = {
+        **{name: partial(torch.full_like, start, value) for name, value in state_of(config.federation).items()},
         SENT_EMA: lambda: start.clone(),
         FACTORS: lambda: first_factors(slots, config.compression.rank, config.run.seed).to(start.device, start.dtype),
     }

@@ -84,6 +84,8 @@ class Host:
         self._parked = False
         if not self._in_place:
             self._resident_shared().copy_(self.shared)
+        if self.trainer.anchor is not None:
+            self.trainer.anchor.copy_(self.shared)
         return self.shared if self._in_place else self._resident_shared()
 
     def set_aside(self, client: Client, parameters: Tensor) -> None:

@@ -61,10 +61,11 @@ def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
     common = sum(kept_by_federation(config, layout_of(model), shared_parts(config.method, tuple(sizes))).values())
     drops = config.federation.on_client_failure == "drop"
     # Compressed: where the round began, an update, what is decoded, and words or chosen values.
-    second = (2 + drops) * (hosted > 1) + ema + compressed * 4 + feeds_back
+    serves, pulls = config.federation.server != "average", config.federation.proximal_mu > 0
+    second = (2 + drops) * (hosted > 1) + ema + compressed * 4 + feeds_back + 2 * serves + pulls
     return Memory(
         model=((4 + ema) * total + frozen) * size,
-        shared=(second * shared + drops * state) * size,
+        shared=(second * shared + drops * state + common) * size,
         activations=activations(config),
         clients=(held * state + (hosted if compressed and hosted > 1 else 0) * shared) * size,  # and their updates
         checkpoint=((1 + ema) * shared + frozen + common) * size if rank == 0 else 0,

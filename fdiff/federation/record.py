@@ -15,6 +15,7 @@ from fdiff.errors import RunError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Client, Report
+from fdiff.federation.compressed import CompressedAggregation
 from fdiff.federation.forecast import bytes_by_purpose, communicated
 from fdiff.plan import RoundPlan, new_clients, round_half_up
 
@@ -25,14 +26,16 @@ Row = dict[str, Any]
 class Round:
     """A round under way, as one rank sees it; each step of the round loop adds what it finds.
 
-    `plan` is what happens: after clients were dropped, without them. `reports` and `failures` (why training failed, by
-    client) are of this rank's clients, the first `taken_up` reports of an earlier start; `dropped` are the failures of
-    all ranks. `ema` (n,) is the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the
-    sample grid on rank 0; both None in rounds without them. `metrics` is the round's row of the log.
+    `plan` is what happens: after clients were dropped, without them. `start` (n,) are the shared parts when it began,
+    where a step follows that needs them. `reports` and `failures` (why training failed, by client) are of this rank's
+    clients, the first `taken_up` reports of an earlier start; `dropped` are the failures of all ranks. `ema` (n,) is
+    the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the grid on rank 0; both None
+    in rounds without them. `metrics` is the round's row of the log.
     """
 
     plan: RoundPlan
-    averaging: Aggregation
+    averaging: Aggregation | CompressedAggregation
+    start: Tensor | None = None
     reports: list[Report] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
     dropped: dict[int, str] = field(default_factory=dict)

@@ -83,8 +83,8 @@ class Federation:
 
     def select(self, number: int) -> Round:
         """Every rank computes the same plan, without a message: which clients train, and who reports which part."""
-        plan = self.rank.plan(number)
-        self._under_way = Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters"))
+        plan, start = self.rank.plan(number), self.rank.start()
+        self._under_way = Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters", start), start)
         return self._under_way
 
     def train(self, round: Round) -> None:
@@ -109,10 +109,15 @@ class Federation:
             round.dropped = agree_on_dropped(self.comm, round) if self.rank.drops else {}
 
     def average(self, round: Round) -> None:
-        """Every rank: each shared part becomes Σ n_k θ_k / Σ n_k over the clients that report it, on all ranks."""
+        """Every rank: each shared part becomes Σ n_k θ_k / Σ n_k over the clients that report it, on all ranks.
+
+        Where the federator has an optimizer, every rank takes its step from where the round began to there.
+        """
         with round.timed("aggregate"):
             round.averaging.finish(round.dropped)
+            self.rank.step_server(round.start)
             self.rank.host.adopt_average()
+            self.votes.fact = self.rank.checksum_of_repeated()
         round.plan = round.plan.without(round.dropped)
 
     def evaluate(self, round: Round) -> None:

@@ -19,11 +19,12 @@ T = TypeVar("T")
 
 
 class Votes:
-    """The first error of this rank since the last vote."""
+    """The first error of this rank since the last vote, and a `fact` that all ranks ought to have alike."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self.error: Exception | None = None
+        self.fact: int | None = None
 
     @contextmanager
     def keeping_errors(self, what: str = "") -> Iterator[None]:
@@ -36,9 +37,12 @@ class Votes:
             self.error = self.error or (RunError(str(line)) if isinstance(error, OSError) else line)
 
     def vote(self) -> None:
-        """The safe point before payload moves: if any rank has kept an error, all raise it."""
-        error, self.error = self.error, None
-        agree(self._comm, error)
+        """The safe point before payload moves: if any rank has kept an error, all raise it.
+
+        RunError, on all, names the ranks whose fact is another than rank 0's: their shared parts are not the same.
+        """
+        (error, fact), self.error, self.fact = (self.error, self.fact), None, None
+        agree(self._comm, error, fact)
 
 
 def together(comm: Communicator, work: Callable[[], T], what: str = "") -> T:

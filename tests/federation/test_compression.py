@@ -86,7 +86,8 @@ def test_a_dropped_client_changes_the_weights_of_the_others_on_any_number_of_ran
     drop = [*QUANTIZE, "--federation.on_client_failure", "drop", "--method", "usplit"]
     ends = []
     for ranks in (1, 2):
-        job = Job([*SKEWED, *drop, "--run.dir", f"on-{ranks}"], ranks, tmp_path, partial(injections.fail_client, "exception", (2,), 2))
+        failing = partial(injections.fail_client, "exception", (2,), 2)
+        job = Job([*SKEWED, *drop, "--run.dir", f"on-{ranks}"], ranks, tmp_path, failing)
         assert job.wait(120) and job.statuses() == [0] * ranks, job.said()
         assert "2" in rows(tmp_path / f"on-{ranks}")[1]["dropped"]
         ends.append(arrays(tmp_path / f"on-{ranks}", 3))

@@ -119,7 +119,12 @@ def test_the_page_is_self_contained_and_says_what_the_logs_say(runs, page):
 def test_a_run_whose_clients_keep_parts_shows_each_and_warns(runs, monkeypatch):
     udec = read_run(runs / "<b>udec")
     drawn: dict[str, Curve] = {}
-    monkeypatch.setattr(charts, "curves", lambda of, label, *x: drawn.setdefault(label, of["<b>udec"]) and curves(of, label, *x))
+
+    def draw(of, label, *over):
+        drawn.setdefault(label, of["<b>udec"])
+        return curves(of, label, *over)
+
+    monkeypatch.setattr(charts, "curves", draw)
     text = render([udec])
     of_distance = drawn["fd_fmnist (lower is better)"]
     assert [[round for round, _ in client] for client in of_distance.clients] == [[1, 2], [1, 2]]
