@@ -17,6 +17,7 @@ from fdiff.errors import UserError, first_line
 from fdiff.seeds import numpy_stream
 
 Reporters = dict[str, tuple[int, ...]]
+Placement = tuple[int, ...]  # the rank of each client
 
 
 class NeedsImages(UserError):
@@ -236,9 +237,46 @@ def host_of(client: int, clients: int, ranks: int) -> int:
     return client // (base + 1) if client < in_larger else extra + (client - in_larger) // base
 
 
-def reporting_ranks(reporters: Sequence[int], clients: int, ranks: int) -> tuple[int, ...]:
+def neighbours(clients: int, ranks: int) -> Placement:
+    """Neighbours on a rank, as `hosted_by` has them."""
+    return tuple(host_of(client, clients, ranks) for client in range(clients))
+
+
+def balanced(images: Mapping[int, int], ranks: int) -> Placement:
+    """The largest client first, each on the rank that has the fewest images so far, the lowest one of equals.
+
+    Where that does not shorten a round, in which the ranks wait for the one with the most images: neighbours.
+    """
+    rank_of, load = dict.fromkeys(sorted(images), 0), [0] * ranks
+    for client in sorted(images, key=lambda client: (-images[client], client)):
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+        rank_of[client] = rank
+        load[rank] += images[client]
+    plain = neighbours(len(images), ranks)
+    return tuple(rank_of.values()) if max(load) < max(_loads(images, images, plain)) else plain
+
+
+def hosted_at(placement: Placement, rank: int) -> list[int]:
+    """The clients of a rank, sorted."""
+    return [client for client, host in enumerate(placement) if host == rank]
+
+
+def _loads(clients: Iterable[int], images: Mapping[int, int], placement: Placement) -> list[int]:
+    load = [0] * (max(placement) + 1)
+    for client in clients:
+        load[placement[client]] += images[client]
+    return load
+
+
+def idle_share(selected: Iterable[Sequence[int]], images: Mapping[int, int], placement: Placement) -> float:
+    """The share of all ranks' time in which they wait for the slowest, by images, over rounds of these clients."""
+    loads = [_loads(clients, images, placement) for clients in selected]
+    return 1 - sum(map(sum, loads)) / sum(len(load) * max(load) for load in loads)
+
+
+def reporting_ranks(reporters: Sequence[int], placement: Placement) -> tuple[int, ...]:
     """The ranks, sorted, that host at least one of the reporters."""
-    return tuple(sorted({host_of(c, clients, ranks) for c in reporters}))
+    return tuple(sorted({placement[client] for client in reporters}))
 
 
 # --- accounting ----------------------------------------------------------------------------------------------------
@@ -270,13 +308,13 @@ def count_new(plans: Iterable[RoundPlan]) -> list[int]:
     return counts
 
 
-def wire_bytes(plan: RoundPlan, sizes: Mapping[str, int], clients: int, ranks: int, itemsize: int = 4) -> int:
+def wire_bytes(plan: RoundPlan, sizes: Mapping[str, int], placement: Placement, itemsize: int = 4) -> int:
     """Payload bytes that all ranks together send in the round's collectives.
 
     2(r-1)+m times a part's bytes, for r ranks that report it and m that only receive it.
     """
-    total = 0
+    total, ranks = 0, max(placement) + 1
     for part, reporters in plan.reporters.items():
-        r = len(reporting_ranks(reporters, clients, ranks))
+        r = len(reporting_ranks(reporters, placement))
         total += (2 * (r - 1) + (ranks - r)) * sizes[part] * itemsize if r else 0
     return total

@@ -67,7 +67,7 @@ def _parts(federation: Federation) -> dict[str, Callable[[], object]]:
     config, comm, host = federation.config, federation.comm, federation.rank.host
     round = federation.select(1)
     round.reports, round.seconds = [no_training.report(client) for client in host.clients], {"train": 1.0}
-    planned = bytes_by_purpose(round.plan, config, federation.rank.payload, comm.size)["parameters"]
+    planned = bytes_by_purpose(round.plan, config, federation.rank.payload, federation.rank.placement)["parameters"]
     tensor = torch.ones(planned // (2 * (comm.size - 1)) // itemsize(config), device=host.shared.device)
     assert isinstance(comm, Collectives)  # several ranks
 

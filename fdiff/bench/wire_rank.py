@@ -19,7 +19,7 @@ from fdiff.comm import Collectives, Communicator, Sum, connect, exchange_json
 from fdiff.config import Config, from_dict
 from fdiff.federation import bytes_by_purpose, plan_of, seconds
 from fdiff.model import parts_of
-from fdiff.plan import RoundPlan, methods_for, reporting_ranks
+from fdiff.plan import RoundPlan, methods_for, neighbours, reporting_ranks
 from fdiff.runtime import launcher, set_up
 
 ROUNDS, WARMUP = 6, 2
@@ -44,7 +44,7 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
     """Bytes and time of a method's rounds."""
     config = no_training.quiet(config, comm.size)
     with no_training.federation(config, comm, torch.device("cpu")) as federation:
-        payload = federation.rank.payload
+        payload, placement = federation.rank.payload, federation.rank.placement
         for round in range(1, WARMUP + 1):
             federation.round(round)
         plans = [_plan(config, WARMUP + 1 + i) for i in range(ROUNDS)]
@@ -53,8 +53,8 @@ def measure(config: Config, comm: Communicator, mbit_per_s: float) -> list[Resul
             taken.append(federation.round(plan.round).seconds["aggregate"])
         sent = sum(exchange_json(comm, _payload() - before))
     ours = slowest(comm, {"ours": taken})["ours"]
-    forecast = [seconds(plan, config, payload, comm.size, mbit_per_s) for plan in plans]
-    planned = sum(bytes_by_purpose(plan, config, payload, comm.size)["parameters"] for plan in plans)
+    forecast = [seconds(plan, config, payload, placement, mbit_per_s) for plan in plans]
+    planned = sum(bytes_by_purpose(plan, config, payload, placement)["parameters"] for plan in plans)
     compressed = config.compression.kind != "none"
     sums = {"library": _library(plans, payload.sizes, comm)}
     if compressed:  # those bytes, as they would travel without being encoded and decoded
@@ -88,7 +88,7 @@ def _library(plans: list[RoundPlan], sizes: dict[str, int], comm: Communicator) 
         [
             Sum(tensors[part], those, tuple(r for r in range(comm.size) if r not in those))
             for part, reporters in plan.reporters.items()
-            if (those := reporting_ranks(reporters, comm.size, comm.size))
+            if (those := reporting_ranks(reporters, neighbours(comm.size, comm.size)))
         ]
         for plan in plans
     ]

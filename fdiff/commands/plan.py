@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json as json_module
+import logging
+import re
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -17,28 +21,43 @@ from fdiff.federation import (
     infer_image_shape,
     memory_of_rank,
     methods_table,
+    placement_for,
 )
-from fdiff.plan import NeedsImages
+from fdiff.model import parts_of
+from fdiff.plan import NeedsImages, hosted_at, methods_for
+
+log = logging.getLogger(__name__)
 
 
-def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwidth: float | None = None) -> None:
+def run(
+    config: Config,
+    *,
+    json: bool = False,
+    ranks: int | None = None,
+    bandwidth: float | None = None,
+    clients: str | None = None,
+) -> None:
     """Print the plan.
 
     Args:
+        clients: Instead of the plan, how N, bytes and memory of each method grow with so many clients: 1,10,100,1000.
         json: Print one JSON object instead of a table.
         ranks: Ranks among which the clients are spread; by default one for each client.
         bandwidth: Bandwidth of each rank's link in Mbit/s, to say how long the collectives take.
     """
-    clients = config.federation.clients
-    ranks = clients if ranks is None else ranks
-    if not 1 <= ranks <= clients:
-        raise UserError(f"--ranks: {ranks} is not valid; it must be between 1 and federation.clients = {clients}")
+    if clients is not None:
+        print(_growth(_with_image_shape(config), _counts(clients), ranks))
+        return
+    total = config.federation.clients
+    ranks = total if ranks is None else ranks
+    if not 1 <= ranks <= total:
+        raise UserError(f"--ranks: {ranks} is not valid; it must be between 1 and federation.clients = {total}")
     if bandwidth is not None and not bandwidth > 0:
         raise UserError(f"--bandwidth: {bandwidth} is not valid; it must be greater than 0 Mbit/s")
     config = _with_image_shape(config)
-    images = None
+    images = _images(config, ranks)
     try:
-        cost = forecast_run(config, ranks, bandwidth)
+        cost = forecast_run(config, ranks, bandwidth, images)
     except NeedsImages:
         images = count_images(config)
         cost = forecast_run(config, ranks, bandwidth, images)
@@ -57,11 +76,48 @@ def run(config: Config, *, json: bool = False, ranks: int | None = None, bandwid
     print(f"{config.method}: N = {cost['communicated_parameters']:,} parameters, {cost['saving']:.1%} less than full")
     if config.federation.fraction < 1:
         print("N counts the selected clients only; the bytes count every rank, as each sum reaches all")
+        if never := cost["never_selected"]:
+            print(f"{len(never)} of {total} clients are never selected{f': {_names(never)}' if len(never) <= 16 else ''}")
     if bandwidth:
         print(_time(cost, bandwidth))
-    print(_memory(memory_of_rank(config, 0, ranks)))
-    print(f"\nall methods, {config.federation.rounds} rounds, {clients} clients on {ranks} ranks:")
+    placement = placement_for(config, ranks, images)
+    most = max(len(hosted_at(placement, rank)) for rank in range(ranks))
+    print(_memory(memory_of_rank(config, 0, ranks, most), most))
+    if "idle" in cost:
+        idle = cost["idle"]
+        print(
+            f"ranks wait for the slowest for {idle['balanced']:.0%} of their time; with neighbours on a rank it would "
+            f"be {idle['neighbours']:.0%}"
+        )
+    print(f"\nall methods, {config.federation.rounds} rounds, {total} clients on {ranks} ranks:")
     print(methods_table(config, ranks, images))
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of `--clients`."""
+    counts = [int(word) if re.fullmatch(r"\d{1,6}", word) else 0 for word in text.split(",")]
+    if not all(1 <= count <= 100_000 for count in counts):
+        raise UserError(f"--clients: {text!r} is not valid; give numbers between 1 and 100000, e.g. 1,10,100,1000")
+    return counts
+
+
+def _growth(config: Config, counts: list[int], ranks: int | None) -> str:
+    """A table of N, bytes on the wire and host memory of a rank, by method and number of clients.
+
+    On as many ranks as clients, or on so many at most; clients are alike in size.
+    """
+    head = "clients", "ranks", "method", "N (parameters)", "wire bytes", "host GiB a rank"
+    lines = ["{:>8} {:>6} {:12} {:>18} {:>18} {:>16}".format(*head)]
+    methods = dict.fromkeys([*methods_for(parts_of(config)), config.method])
+    for count, method in itertools.product(counts, methods):
+        on = min(count, ranks or count)
+        of = replace(config, method=method, federation=replace(config.federation, clients=count))
+        cost, memory = forecast_run(of, on, images=dict.fromkeys(range(count), 1)), memory_of_rank(of, 0, on)
+        lines.append(
+            f"{count:>8} {on:>6} {method:12} {cost['communicated_parameters']:>18,} {cost['wire_bytes']:>18,} "
+            f"{memory.host / GIB:>16.3f}"
+        )
+    return "\n".join(lines)
 
 
 def _with_image_shape(config: Config) -> Config:
@@ -70,6 +126,17 @@ def _with_image_shape(config: Config) -> Config:
         return infer_image_shape(config, SoloCommunicator())
     except UserError as error:
         raise UserError(f"{error}; or give --data.image_side and --data.channels, to plan without images") from None
+
+
+def _images(config: Config, ranks: int) -> dict[int, int] | None:
+    """Training images of each client, where unequal ones share ranks and the images are here."""
+    if ranks == config.federation.clients or config.data.partition in ("iid", "private"):
+        return None
+    try:
+        return count_images(config)
+    except UserError as error:
+        log.warning("clients are planned as neighbours on a rank, since nobody knows their sizes here: %s", error)
+        return None
 
 
 def _names(clients: list[int]) -> str:
@@ -95,9 +162,9 @@ def _time(cost: dict[str, Any], bandwidth: float) -> str:
     )
 
 
-def _memory(budget: Memory) -> str:
+def _memory(budget: Memory, clients: int) -> str:
     return (
-        f"memory of rank 0, at least: {budget.device / GIB:.2f} GiB on its device ({budget.activations / GIB:.2f} of "
-        f"it for a step's activations), {budget.host / GIB:.2f} GiB on the host ({budget.clients / GIB:.2f} for its "
-        "clients); images come on top"
+        f"memory of a rank with {clients} clients, at least: {budget.device / GIB:.2f} GiB on its device "
+        f"({budget.activations / GIB:.2f} of it for a step's activations), {budget.host / GIB:.2f} GiB on the host "
+        f"({budget.clients / GIB:.2f} for its clients); images come on top"
     )

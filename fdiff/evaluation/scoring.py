@@ -7,6 +7,7 @@ generated images, to rank 0, where a metric needs them. Real images never do, no
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +79,7 @@ class Scoring:
         together(comm, lambda: self._metrics.check(self._images, real))
         self._device = device
         self._trainer: Trainer | None = None
+        self._selected: tuple[int, Counter[int]] | None = None
 
     def score(
         self,
@@ -180,6 +182,7 @@ class Scoring:
         return {
             "round": saved.round,
             "client": model,
+            "selected": None if model is None else self._rounds_of(saved, model),
             "ema": ema,
             "local": local,
             "n": self._images,
@@ -189,6 +192,15 @@ class Scoring:
             "sampler": sample.sampler,
             "steps": steps_of(self._config),
         }
+
+
+    def _rounds_of(self, saved: Saved, client: int) -> int:
+        """In how many rounds a client was selected: if in none, its private parts are those that the run began with."""
+        fed, seed = saved.config.federation, saved.config.run.seed
+        if self._selected is None or self._selected[0] != saved.round:
+            rounds = (select_clients(fed.clients, r, seed, fed.fraction) for r in range(1, saved.round + 1))
+            self._selected = saved.round, Counter(client for selected in rounds for client in selected)
+        return self._selected[1][client]
 
 
 def models_of(config: Config) -> list[Model]:
@@ -244,7 +256,11 @@ def images_by_default(real: int) -> int:
 
 
 def summary(rows: Sequence[Row], name: str) -> dict[str, float | int]:
-    """Mean, deviation over the clients and the worst client of a score, one of WORST."""
+    """Mean, deviation over the clients and the worst client of a score, one of WORST.
+
+    Clients that were never selected do not count, unless there are no others.
+    """
+    rows = [row for row in rows if row.get("selected") != 0] or list(rows)
     values = [row["scores"][name] for row in rows]
     mean = sum(values) / len(values)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))

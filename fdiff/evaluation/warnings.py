@@ -42,7 +42,7 @@ def scored_as(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def find_warnings(rows: Sequence[dict[str, Any]], config: Config, run_dir: Path | None) -> list[str]:
     """One line for each sign of failure in a checkpoint's rows of scores and in the logs of its run."""
-    found = _without_meaning(rows, config)
+    found = _without_meaning(rows, config) + _never_selected(rows)
     for kind in dict.fromkeys((row["ema"], scored_as(row)) for row in rows):
         found += _spread([row for row in rows if (row["ema"], scored_as(row)) == kind])
     if run_dir is not None:
@@ -80,6 +80,15 @@ def _distances(rows: Sequence[dict[str, Any]]) -> tuple[str, list[dict[str, Any]
     """The name of the Fréchet distance that was taken, and the rows that have it: a later scoring may lack it."""
     name = next(filter(None, map(distance_name, rows)), "")
     return name, [row for row in rows if name in row["scores"]]
+
+
+def _never_selected(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The clients whose private parts nobody has trained."""
+    never = sorted({row["client"] for row in rows if row.get("selected") == 0})
+    if not never:
+        return []
+    which = f"clients {', '.join(map(str, never))}" if len(never) <= 16 else f"{len(never)} clients"
+    return [f"never selected, and left out of mean and deviation: {which}; their private parts are as the run began"]
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from fdiff.federation.forecast import (
     itemsize,
     methods_table,
     payload_of,
+    placement_for,
     plan_of,
     plans,
     seconds,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fdiff.comm import Communicator, Sum, pass_on
-from fdiff.plan import RoundPlan, hosted_by, reporting_ranks
+from fdiff.plan import Placement, RoundPlan, hosted_at, reporting_ranks
 
 
 class Aggregation:
@@ -34,14 +34,14 @@ class Aggregation:
         weights: Mapping[int, float],
         out: Tensor,
         slices: Mapping[str, slice],
-        clients: int,
+        placement: Placement,
         comm: Communicator,
         ordered: bool,
         purpose: str = "parameters",
         reserve: bool = False,
     ) -> None:
         self._plan, self._weights, self._out = plan, weights, out
-        self._slices, self._clients, self._comm, self._ordered = slices, clients, comm, ordered
+        self._slices, self._placement, self._comm, self._ordered = slices, placement, comm, ordered
         self._purpose, self._keeps_reserve = purpose, reserve
         self._reserve: Tensor | None = None
         self._segments = [
@@ -78,7 +78,7 @@ class Aggregation:
         """
         segments = range(len(self._segments))
         left = [self._left(i, dropped) for i in segments]
-        ranks = [reporting_ranks(those, self._clients, self._comm.size) for those in left]
+        ranks = [reporting_ranks(those, self._placement) for those in left]
         with self._comm.ledger.purpose(self._purpose):
             if not self._ordered:
                 self._comm.combine([self._sum(i, left[i], ranks[i]) for i in segments])
@@ -112,7 +112,7 @@ class Aggregation:
         if left:
             return left
         self._segments[i] = (span, left := self._plan.without(dropped).selected[:1])
-        if reporting_ranks(left, self._clients, self._comm.size) == (self._comm.rank,):
+        if reporting_ranks(left, self._placement) == (self._comm.rank,):
             assert self._reserve is not None
             self._terms[i] = [self._reserve[span]]
             self._out[span].copy_(self._reserve[span])
@@ -137,7 +137,7 @@ class Aggregation:
 
     def _alone(self, rank: int) -> int | None:
         """The client that is its rank's only one."""
-        hosted = hosted_by(rank, self._clients, self._comm.size)
+        hosted = hosted_at(self._placement, rank)
         return hosted[0] if len(hosted) == 1 else None
 
 

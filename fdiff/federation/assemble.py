@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,13 @@ from fdiff.federation import server_optimizer, snapshot
 from fdiff.federation.aggregate import Aggregation
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.compressed import FACTORS, SENT_EMA, CompressedAggregation, compresses
-from fdiff.federation.forecast import itemsize, plan_of
+from fdiff.federation.forecast import itemsize, placement_for, plan_of
 from fdiff.federation.host import Host
 from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.training_images import OpenedData, open_data
 from fdiff.federation.validate import has_client_files
 from fdiff.federation.voting import together
-from fdiff.plan import RoundPlan, hosted_by
+from fdiff.plan import Placement, RoundPlan, hosted_at
 from fdiff.runtime import free_memory, launcher
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class RankSetup:
     comm: Communicator
     host: Host
     images: dict[int, int]
+    placement: Placement
     opened: OpenedData
     committer: Committer
     setting: dict[str, Any]
@@ -109,7 +110,7 @@ class RankSetup:
         """The weighted mean of a round, to be built in `out` (n,); `start` (n,) as the method of that name has it."""
         uniform = self.config.federation.weighting == "uniform"
         weights = {client: 1 if uniform else n for client, n in self.images.items()}
-        ordered, clients = self.config.runtime.reduction == "ordered", self.config.federation.clients
+        ordered, placement = self.config.runtime.reduction == "ordered", self.placement
         if compresses(self.config, purpose):
             host, config = self.host, self.config
             layout = [slot for slot in host.trainer.buckets.layout if slot.part in host.slices]
@@ -122,28 +123,31 @@ class RankSetup:
             assert start is not None
             left_out = host.left_out if trains and config.compression.feeds_back else None
             return CompressedAggregation(
-                plan, weights, start, out, host.slices, clients, exchange, purpose, host.alone, left_out
+                plan, weights, start, out, host.slices, placement, exchange, purpose, host.alone, left_out
             )
-        return Aggregation(plan, weights, out, self.host.slices, clients, self.comm, ordered, purpose, self.drops)
+        return Aggregation(plan, weights, out, self.host.slices, placement, self.comm, ordered, purpose, self.drops)
 
 
-def set_up_rank(config: Config, comm: Communicator, device: torch.device) -> RankSetup:
-    """The clients that this rank hosts, ready to train, and the shape of their images in `config`.
+def set_up_rank(
+    config: Config, comm: Communicator, device: torch.device, place: Callable[..., Placement] = placement_for
+) -> RankSetup:
+    """The clients that this rank hosts as `place` has it, ready to train, and the shape of their images in `config`.
 
     UserError if there are fewer clients than ranks.
     """
-    clients = config.federation.clients
     together(comm, lambda: check_ranks(config, comm.size))
     opened = open_data(config, comm)
     config = opened.config
-    _check_memory(config, comm, device)
-    hosted = hosted_by(comm.rank, clients, comm.size)
-    shards, labels = open_shards(opened, comm, hosted, device)
+    split = together(comm, lambda: _split(opened))
+    placement = place(config, comm.size, {client: len(rows) for client, rows in enumerate(split)} if split else None)
+    hosted = hosted_at(placement, comm.rank)
+    _check_memory(config, comm, device, len(hosted))
+    shards, labels = open_shards(opened, comm, split, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
     host = together(comm, lambda: Host(Trainer(config, device), own))
-    return RankSetup(config, comm, host, images, opened, _committer(config, comm), setting)
+    return RankSetup(config, comm, host, images, placement, opened, _committer(config, comm), setting)
 
 
 def _setting(
@@ -154,7 +158,7 @@ def _setting(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     here = {"host": socket.gethostname(), "pid": os.getpid(), "device": name}
     everyone = exchange_json(comm, {**here, "sizes": sizes})
-    clients = [{"client": client, "images": images} for rank in everyone for client, images in rank["sizes"]]
+    clients = [{"client": c, "images": n} for c, n in sorted(pair for rank in everyone for pair in rank["sizes"])]
     for row, counts in zip(clients, labels, strict=False):
         row["labels"] = counts
     return {
@@ -172,9 +176,9 @@ def check_ranks(config: Config, ranks: int) -> None:
         raise UserError(f"federation.clients: {clients} clients cannot occupy {ranks} ranks; start at most {clients}")
 
 
-def _check_memory(config: Config, comm: Communicator, device: torch.device) -> None:
+def _check_memory(config: Config, comm: Communicator, device: torch.device, hosted: int) -> None:
     """UserError if what all ranks of a node need, or what this one needs of its GPU, is more than is free."""
-    budget = together(comm, lambda: memory_of_rank(config, comm.rank, comm.size))
+    budget = together(comm, lambda: memory_of_rank(config, comm.rank, comm.size, hosted))
     on_host = budget.host + (budget.device if device.type == "cpu" else 0)
     everyone = exchange_json(comm, [socket.gethostname(), on_host])
     here = sum(needed for host, needed in everyone if host == socket.gethostname())
@@ -192,8 +196,20 @@ def _committer(config: Config, comm: Communicator) -> Committer:
     return Committer(config.run_dir, attempt, config.run.keep_checkpoints, files, comm.rank == 0, visible_s)
 
 
+def _split(opened: OpenedData) -> list[np.ndarray] | None:
+    """The indices (n_k,) of each client in the data set that all ranks split; None of private silos."""
+    config = opened.config
+    if config.data.partition == "private":
+        return None
+    return split_source(opened.sources[0], config.data, config.federation.clients)
+
+
 def open_shards(
-    opened: OpenedData, comm: Communicator, clients: range, device: torch.device
+    opened: OpenedData,
+    comm: Communicator,
+    split: list[np.ndarray] | None,
+    clients: Sequence[int],
+    device: torch.device,
 ) -> tuple[list[Shard], list[Labels]]:
     """The training images of the given clients, on the device or behind loaders; UserError if they cannot be had.
 
@@ -202,11 +218,10 @@ def open_shards(
     """
     config, labels = opened.config, list[Labels]()
     data = config.data
-    if data.partition == "private":
+    if split is None:
         pairs = [(source, np.arange(len(source))) for source in opened.sources]
     else:
         source = opened.sources[0]
-        split = together(comm, lambda: split_source(source, data, config.federation.clients))
         labels = label_counts(source.labels, split)
         pairs = [(source, split[client]) for client in clients]
 

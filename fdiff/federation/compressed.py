@@ -19,7 +19,7 @@ from fdiff.config import Config
 from fdiff.errors import RunError, UserError
 from fdiff.federation.server_optimizer import state_of
 from fdiff.model import Slot
-from fdiff.plan import RoundPlan, host_of
+from fdiff.plan import Placement, RoundPlan
 
 SENT_EMA = "ema-sent"  # the average of moving averages that travelled last
 FACTORS = "factors"
@@ -39,14 +39,14 @@ class CompressedAggregation:
         start: Tensor,
         out: Tensor,
         slices: Mapping[str, slice],
-        clients: int,
+        placement: Placement,
         exchange: Exchange,
         purpose: str,
         alone: bool,
         left_out: Callable[[int], Tensor] | None,
     ) -> None:
         self._plan, self._weights, self._start, self._out, self._slices = plan, weights, start, out, slices
-        self._clients, self._exchange, self._purpose = clients, exchange, purpose
+        self._placement, self._exchange, self._purpose = placement, exchange, purpose
         self._alone, self._left_out = alone, left_out
         self._updates: dict[int, Tensor] = {}
 
@@ -73,7 +73,7 @@ class CompressedAggregation:
         span = slice(self._slices[parts[0]].start, self._slices[parts[-1]].stop)
         inside = {p: slice(self._slices[p].start - span.start, self._slices[p].stop - span.start) for p in parts}
         weights = {client: self._weights[client] / sum(self._weights[c] for c in clients) for client in clients}
-        hosts = {client: host_of(client, self._clients, comm.size) for client in clients}
+        hosts = {client: self._placement[client] for client in clients}
         for client in (c for c, rank in hosts.items() if rank == comm.rank):
             mine = self._updates[client][span]
             if self._left_out:

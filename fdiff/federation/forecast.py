@@ -22,10 +22,14 @@ from fdiff.federation.compressed import compresses, kept_by_federation
 from fdiff.federation.sample_batches import grid_batches
 from fdiff.model import describe_model, layout_of, sizes_of
 from fdiff.plan import (
+    Placement,
     RoundPlan,
+    balanced,
     communicated_parameters,
     count_new,
+    idle_share,
     methods_for,
+    neighbours,
     plan_round,
     reporting_ranks,
     shared_parts,
@@ -53,6 +57,15 @@ def plans(config: Config, parts: Sequence[str], images: Images = None) -> list[R
     return [plan_of(config, round, parts, images) for round in range(1, config.federation.rounds + 1)]
 
 
+def placement_for(config: Config, ranks: int, images: Images = None) -> Placement:
+    """On which rank each client is, for the whole run: balanced by images where they are known and that shortens it.
+
+    Neighbours with private silos, which each rank opens for itself, and with `ordered`, whose sums follow the ranks.
+    """
+    stays = config.data.partition == "private" or config.runtime.reduction == "ordered"
+    return neighbours(config.federation.clients, ranks) if images is None or stays else balanced(images, ranks)
+
+
 def forecast_run(
     config: Config, ranks: int, bandwidth: float | None = None, images: Images = None
 ) -> dict[str, Any]:
@@ -64,26 +77,29 @@ def forecast_run(
     sizes = payload.sizes
     kept_by_federation(config, payload.layout, shared_parts(config.method, tuple(sizes)))  # or there is nothing to do
     planned = plans(config, tuple(sizes), images)
-    by_purpose = [bytes_by_purpose(plan, config, payload, ranks) for plan in planned]
+    placement = placement_for(config, ranks, images)
+    by_purpose = [bytes_by_purpose(plan, config, payload, placement) for plan in planned]
     rounds = [
         {
             "round": plan.round,
             "reporters": {part: list(reporters) for part, reporters in plan.reporters.items()},
             "parameters": communicated(plan, payload, new),
             "wire_bytes": sum(sent.values()),
-            **({"seconds": seconds(plan, config, payload, ranks, bandwidth)} if bandwidth else {}),
+            **({"seconds": seconds(plan, config, payload, placement, bandwidth)} if bandwidth else {}),
         }
         for plan, new, sent in zip(planned, count_new(planned), by_purpose, strict=True)
     ]
     moved, full = sum(r["parameters"] for r in rounds), _parameters_of_full(config, sizes)
     return {
         "parameters": {**sizes, "total": sum(sizes.values())},
-        **_compressed(config, payload, planned[0], ranks),
+        **_compressed(config, payload, planned[0], placement),
+        **_idle(planned, images, placement),
         "communicated_parameters": moved,
         "communicated_parameters_full": full,
         "saving": 1 - moved / full,
         "wire_bytes": sum(r["wire_bytes"] for r in rounds),
         "bytes_by_purpose": {purpose: sum(sent[purpose] for sent in by_purpose) for purpose in Ledger.PURPOSES},
+        "never_selected": never_selected(config, planned),
         "rounds": rounds,
     }
 
@@ -107,16 +123,31 @@ def communicated(plan: RoundPlan, payload: Payload, new: int) -> int:
     return new * sum(payload.sizes.values()) + math.ceil((down + up) / payload.itemsize)
 
 
-def _compressed(config: Config, payload: Payload, first: RoundPlan, ranks: int) -> dict[str, Any]:
+def _idle(planned: Sequence[RoundPlan], images: Images, placement: Placement) -> dict[str, Any]:
+    """The share of their time in which ranks wait for the slowest, as clients are placed and as neighbours."""
+    if images is None:
+        return {}
+    selected, plain = [plan.selected for plan in planned], neighbours(len(images), max(placement) + 1)
+    shares = {"balanced": idle_share(selected, images, placement), "neighbours": idle_share(selected, images, plain)}
+    return {"idle": shares}
+
+
+def _compressed(config: Config, payload: Payload, first: RoundPlan, placement: Placement) -> dict[str, Any]:
     """What compression makes of a value, in bits, of each part that the first round shares, and of the bytes on the
     wire; nothing without it."""
     if config.compression.kind == "none":
         return {}
     parts = {part: len(reporters) for part, reporters in first.reporters.items()}
     bits = {part: 8 * payload.of_one(part, r) / payload.sizes[part] for part, r in parts.items()}
-    dense = wire_bytes(first, payload.sizes, config.federation.clients, ranks, payload.itemsize)
-    share = bytes_by_purpose(first, config, payload, ranks)["parameters"] / dense if dense else 1.0
+    dense = wire_bytes(first, payload.sizes, placement, payload.itemsize)
+    share = bytes_by_purpose(first, config, payload, placement)["parameters"] / dense if dense else 1.0
     return {"compression": {"kind": config.compression.kind, "bits_per_value": bits, "share_of_dense": share}}
+
+
+def never_selected(config: Config, planned: Sequence[RoundPlan]) -> list[int]:
+    """The clients that no round selects: with private parts they have a model that nobody ever trained."""
+    selected = {client for plan in planned for client in plan.selected}
+    return [client for client in range(config.federation.clients) if client not in selected]
 
 
 def averages_ema(config: Config, round: int) -> bool:
@@ -124,43 +155,42 @@ def averages_ema(config: Config, round: int) -> bool:
     return bool(config.optim.ema) and (config.samples(round) or config.saves(round))
 
 
-def bytes_by_purpose(plan: RoundPlan, config: Config, payload: Payload, ranks: int) -> dict[str, int]:
+def bytes_by_purpose(plan: RoundPlan, config: Config, payload: Payload, placement: Placement) -> dict[str, int]:
     """Payload bytes that all ranks together send in a round, for each of the ledger's purposes.
 
     A round sends no statistics, which are those of `fdiff evaluate`.
     """
-    clients = config.federation.clients
     parameters = sum(
-        payload.sent(part, len(reporters), len(reporting_ranks(reporters, clients, ranks)), ranks)
+        payload.sent(part, len(reporters), len(reporting_ranks(reporters, placement)), max(placement) + 1)
         for part, reporters in plan.reporters.items()
     )
-    whole = wire_bytes(plan, payload.sizes, clients, ranks, payload.itemsize)
+    whole = wire_bytes(plan, payload.sizes, placement, payload.itemsize)
     ema = (parameters if compresses(config, "ema") else whole) if averages_ema(config, plan.round) else 0
     by_client = len(plan.reporters) < len(payload.sizes)
-    pictures = _bytes_of_grid(config, by_client, ranks) if config.samples(plan.round) else 0
+    pictures = _bytes_of_grid(config, by_client, placement) if config.samples(plan.round) else 0
     return {"parameters": parameters, "ema": ema, "statistics": 0, "pictures": pictures}
 
 
-def _bytes_of_grid(config: Config, by_client: bool, ranks: int) -> int:
+def _bytes_of_grid(config: Config, by_client: bool, placement: Placement) -> int:
     """Bytes of the images of a sample grid that rank 0 does not draw itself."""
-    sent = sum(batch.last - batch.first for batch in grid_batches(config, by_client, ranks) if batch.rank != 0)
+    sent = sum(batch.last - batch.first for batch in grid_batches(config, by_client, placement) if batch.rank != 0)
     return sent * math.prod(config.data.shape)
 
 
-def seconds(plan: RoundPlan, config: Config, payload: Payload, ranks: int, bandwidth: float) -> float:
+def seconds(plan: RoundPlan, config: Config, payload: Payload, placement: Placement, bandwidth: float) -> float:
     """Time of a round's sums if every rank's link has so many Mbit/s."""
-    sent = _busiest_bytes(plan, config, payload, ranks)
+    sent = _busiest_bytes(plan, config, payload, placement)
     if averages_ema(config, plan.round):
         whole = Payload(CompressionConfig(), payload.slots, payload.itemsize)
-        sent += sent if compresses(config, "ema") else _busiest_bytes(plan, config, whole, ranks)
+        sent += sent if compresses(config, "ema") else _busiest_bytes(plan, config, whole, placement)
     return sent * 8 / (bandwidth * 1e6 * GOODPUT)
 
 
-def _busiest_bytes(plan: RoundPlan, config: Config, payload: Payload, ranks: int) -> int:
+def _busiest_bytes(plan: RoundPlan, config: Config, payload: Payload, placement: Placement) -> int:
     """Bytes over the busiest link in a round's sums of parameters."""
-    clients = config.federation.clients
+    ranks = max(placement) + 1
     segments = [
-        (sum(payload.of_one(part, len(reporters)) for part in parts), reporting_ranks(reporters, clients, ranks))
+        (sum(payload.of_one(part, len(reporters)) for part in parts), reporting_ranks(reporters, placement))
         for parts, reporters in plan.segments()
     ]
     if payload.config.kind == "top-k":  # each client's pairs go to all ranks, one after the other

@@ -46,14 +46,17 @@ class Memory:
         return self.clients + self.checkpoint
 
 
-def memory_of_rank(config: Config, rank: int, ranks: int) -> Memory:
-    """The memory of one of so many ranks. Rank 0 hosts as many clients as any, and writes the shared parts besides."""
+def memory_of_rank(config: Config, rank: int, ranks: int, hosted: int | None = None) -> Memory:
+    """The memory of one of so many ranks with so many clients, by default with its share of all.
+
+    Rank 0 writes the shared parts besides.
+    """
     model, size = describe_model(config), itemsize(config)
     sizes = part_sizes(layout_of(model))
     frozen = sum(slot.numel for slot in layout_of(model, frozen=True))
     total, shared = sum(sizes.values()), sum(sizes[part] for part in shared_parts(config.method, tuple(sizes)))
     ema, kept = bool(config.optim.ema), config.federation.keep_optimizer
-    hosted = len(hosted_by(rank, config.federation.clients, ranks))
+    hosted = len(hosted_by(rank, config.federation.clients, ranks)) if hosted is None else hosted
     compressed, feeds_back = config.compression.kind != "none", config.compression.feeds_back
     # Of a client: private parts, moving average, moments, what compression has left out.
     state = total - shared + (ema + 2 * kept) * total + feeds_back * shared

@@ -70,6 +70,7 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
     sent = {purpose: _total(everyone, purpose) for purpose in comm.ledger.PURPOSES}
     _check_sent(round, sent, rank)
     rows = [_client_row(plan, report, each["seconds"], rank) for each in everyone for report in each["reports"]]
+    rows.sort(key=lambda row: row["client"])
     count = sum(row["images"] for row in rows)
     metrics = {
         "round": plan.round,
@@ -94,7 +95,7 @@ def _total(everyone: list[Row], purpose: str) -> int:
 
 def _check_sent(round: Round, sent: dict[str, int], rank: RankSetup) -> None:
     """RunError if the ranks together sent other numbers of bytes of parameters and moving averages than planned."""
-    planned = bytes_by_purpose(round.plan, rank.config, rank.payload, rank.comm.size)
+    planned = bytes_by_purpose(round.plan, rank.config, rank.payload, rank.placement)
     for purpose in ("parameters", "ema"):  # a stop gives up the pictures
         if abs(sent[purpose] - planned[purpose]) > 0.5:
             error = RunError(

@@ -19,7 +19,7 @@ from fdiff.federation.client import Client
 from fdiff.federation.commits import Commits
 from fdiff.federation.dropped_clients import agree_on_dropped, train_or_undo
 from fdiff.federation.federator import federator_on
-from fdiff.federation.forecast import averages_ema
+from fdiff.federation.forecast import averages_ema, placement_for
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
@@ -56,11 +56,13 @@ def run(
 class Federation:
     """One rank's view of the run. Call `start` first and `close` last.
 
-    `rank` has this rank's clients, `federator` the logs (on rank 0), `commits` the checkpoint under way.
+    `rank` has this rank's clients, `federator` the logs (on rank 0), `commits` the checkpoint under way; `place` says
+    where clients are.
     """
 
     rank: RankSetup
     commits: Commits
+    place = staticmethod(placement_for)
 
     def __init__(self, config: Config, comm: Communicator, device: torch.device, stop: Stop) -> None:
         self.config, self.comm, self.device, self.stop = config, comm, device, stop
@@ -175,7 +177,7 @@ class Federation:
         job = launcher.job_name(self.comm.outlives) if restarted else None
         resume = resume or any(exchange_json(self.comm, self.federator.made_by(job)))
         together(self.comm, lambda: self.federator.open(resume))
-        self.rank = set_up_rank(self.config, self.comm, self.device)
+        self.rank = set_up_rank(self.config, self.comm, self.device, self.place)
         self.config = self.federator.config = self.rank.config
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)

@@ -102,6 +102,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "scores": {
         "round": "a round's number",
         "client": "a whole number or null",
+        "selected?": "a whole number or null",
         "ema": "true or false",
         "local": "true or false",
         "n": "a whole number",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fdiff.config import Config, SampleConfig
-from fdiff.plan import host_of
+from fdiff.plan import Placement
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ def batches(
     return cut
 
 
-def grid_batches(config: Config, by_client: bool, ranks: int) -> list[Batch]:
+def grid_batches(config: Config, by_client: bool, placement: Placement) -> list[Batch]:
     """Those of a round's sample grid: of the global model, or of each client where it keeps private parts."""
-    clients = config.federation.clients
-    models = list(range(clients)) if by_client else [None]
-    return batches(models, config.sample.images, config.sample, lambda c: host_of(c, clients, ranks), ranks)
+    models = list(range(len(placement))) if by_client else [None]
+    return batches(models, config.sample.images, config.sample, lambda c: placement[c], max(placement) + 1)

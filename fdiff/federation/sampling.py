@@ -108,7 +108,7 @@ def draw_grid(rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, pro
     Every rank calls it and draws its share, with `ema` (n,) from the moving averages. uint8 (m, C, S, S).
     """
     config, comm = rank.config, rank.comm
-    cut = grid_batches(config, rank.keeps_private_parts, comm.size)
+    cut = grid_batches(config, rank.keeps_private_parts, rank.placement)
     drawn = []
     for batch in (b for b in cut if b.rank == comm.rank):
         with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):

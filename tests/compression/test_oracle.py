@@ -14,7 +14,7 @@ from fdiff.compression import Exchange, first_factors
 from fdiff.config import CompressionConfig
 from fdiff.federation.compressed import CompressedAggregation
 from fdiff.model import Slot
-from fdiff.plan import plan_round, shared_parts
+from fdiff.plan import neighbours, plan_round, shared_parts
 
 CLIENTS, SEED, DROPPED = 5, 3, {2: (1,)}  # in round 2 client 1 is dropped, if it is selected
 WEIGHTS = {0: 10, 1: 30, 2: 20, 3: 5, 4: 35}
@@ -145,7 +145,7 @@ def test_three_rounds_are_the_oracles(kind, method, fraction):
         dropped = [c for c in DROPPED.get(number, ()) if c in plan.selected]
         exchange = Exchange(SoloCommunicator(), config, layout, SEED, number, factors=factors)
         averaging = CompressedAggregation(
-            plan, WEIGHTS, shares.clone(), shares, slices, CLIENTS, exchange, "parameters", False,
+            plan, WEIGHTS, shares.clone(), shares, slices, neighbours(CLIENTS, 1), exchange, "parameters", False,
             left.__getitem__ if config.feeds_back else None,
         )  # fmt: skip
         for client in plan.selected:

@@ -16,7 +16,7 @@ from ranks import run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator
 from fdiff.federation.aggregate import Aggregation
-from fdiff.plan import RoundPlan, host_of, hosted_by, plan_round, wire_bytes
+from fdiff.plan import RoundPlan, host_of, hosted_by, neighbours, plan_round, wire_bytes
 
 WEIGHTS = {0: 3, 1: 11, 2: 7, 3: 2, 4: 5, 5: 13}
 SLICES = {"bottleneck": slice(0, 10), "decoder": slice(10, 37)}
@@ -46,7 +46,7 @@ def averaged(comm: Communicator, name: str, dropped: tuple[int, ...], ordered: b
     plan = RoundPlan(1, tuple(WEIGHTS), PLANS[name])
     hosted = hosted_by(comm.rank, len(WEIGHTS), comm.size)
     out = torch.full((37,), torch.nan, dtype=torch.float64)  # what training that failed may leave
-    average = Aggregation(plan, WEIGHTS, out, SLICES, len(WEIGHTS), comm, ordered, reserve=True)
+    average = Aggregation(plan, WEIGHTS, out, SLICES, neighbours(len(WEIGHTS), comm.size), comm, ordered, reserve=True)
     for client in hosted:
         if client in dropped:
             continue
@@ -83,7 +83,8 @@ def test_on_several_ranks_all_get_the_same_and_the_plan_counts_the_bytes(tmp_pat
             assert np.array_equal(of_rank[i][:-1], found[0][i][:-1]), "bit-equal on all ranks"
             np.testing.assert_allclose(of_rank[i][:-1], expected(PLANS[name], dropped), rtol=1e-12)
         plan = RoundPlan(1, tuple(WEIGHTS), PLANS[name]).without(dropped)
-        assert sum(r[i][-1] for r in found) == pytest.approx(wire_bytes(plan, sizes, len(WEIGHTS), ranks, 8))
+        planned = wire_bytes(plan, sizes, neighbours(len(WEIGHTS), ranks), 8)
+        assert sum(r[i][-1] for r in found) == pytest.approx(planned)
 
 
 def test_a_plan_without_some_clients():
@@ -95,7 +96,7 @@ def test_a_plan_without_some_clients():
     assert alone.reporters["encoder"] == alone.selected[:1]
     assert plan.without(()) == plan
     nobody = plan.without(range(6))
-    assert wire_bytes(nobody, dict.fromkeys(plan.reporters, 7), 6, 6) == 0
+    assert wire_bytes(nobody, dict.fromkeys(plan.reporters, 7), neighbours(6, 6)) == 0
     assert host_of(5, 6, 6) == 5
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fdiff.config import OptimConfig, RunConfig, SampleConfig
-from fdiff.federation.forecast import GOODPUT, forecast_run, seconds
+from fdiff.federation.forecast import GOODPUT, forecast_run, payload_of, seconds
 from fdiff.model import sizes_of
-from fdiff.plan import METHODS, plan_round
+from fdiff.plan import METHODS, neighbours, plan_round
 from fdiff.presets import preset
 
 
@@ -24,14 +24,14 @@ def test_full_takes_two_phases_of_all_but_the_own_share():
     total = sum(sizes_of(config).values())
     link = 2 * (total - total // 4) * 4 * 8 / (100e6 * GOODPUT)
     plan = plan_round("full", 4, 1, 0)
-    assert seconds(plan, config, sizes_of(config), 4, 100) == pytest.approx(link, rel=1e-5)
+    assert seconds(plan, config, payload_of(config), neighbours(4, 4), 100) == pytest.approx(link, rel=1e-5)
 
 
 def test_one_reporter_sends_each_receiver_its_piece_and_they_the_rest():
     config = config_of("udec", 3)
     plan = plan_round("udec", 3, 1, 0).without({1, 2})
     decoder = sizes_of(config)["decoder"] * 4 * 8 / (1000e6 * GOODPUT)
-    assert seconds(plan, config, sizes_of(config), 3, 1000) == pytest.approx(1.5 * decoder, rel=1e-4)
+    assert seconds(plan, config, payload_of(config), neighbours(3, 3), 1000) == pytest.approx(1.5 * decoder, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,7 +53,7 @@ def test_the_sums_of_usplit_at_once_take_less_than_one_after_the_other(clients):
         plan = plan_round("usplit", clients, round, 0)
         rings = sum((2 * (1 - 1 / len(r)) + 1) * sizes[part] for part, r in plan.reporters.items())
         ring_s = rings * 4 * 8 / (100e6 * GOODPUT)
-        assert seconds(plan, config, sizes, clients, 100) < 0.8 * ring_s
+        assert seconds(plan, config, payload_of(config), neighbours(clients, clients), 100) < 0.8 * ring_s
 
 
 def test_a_thousand_ranks():

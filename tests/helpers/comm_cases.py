@@ -17,7 +17,7 @@ from fdiff.comm import Communicator, Sum, agree, exchange_json, gather, transfer
 from fdiff.errors import RunError, UserError
 from fdiff.federation.aggregate import Aggregation
 from fdiff.model.unet import PARTS
-from fdiff.plan import hosted_by, plan_round
+from fdiff.plan import hosted_by, neighbours, plan_round
 
 RANKS = 4
 EVERYBODY = tuple(range(RANKS))
@@ -171,7 +171,7 @@ def averages_of_many_clients(comm: Communicator) -> None:
         plan = plan_round("usplit", clients, round, seed=7)
         for ordered in (True, False):
             out = torch.zeros(1301)
-            average = Aggregation(plan, weights, out, slices, clients, comm, ordered)
+            average = Aggregation(plan, weights, out, slices, neighbours(clients, comm.size), comm, ordered)
             for client in hosted_by(comm.rank, clients, comm.size):
                 average.add(client, fresh[client])
             average.finish()
