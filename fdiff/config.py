@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fdiff import registry
-from fdiff.config_checks import check_names, check_schedule, check_type, check_words, nearest
+from fdiff.config_checks import check_bottleneck, check_names, check_schedule, check_type, check_words, is_option, nearest
 from fdiff.errors import UserError
 
 PARTS = ("encoder", "bottleneck", "decoder")
@@ -119,8 +119,7 @@ class ModelConfig:
     classes: int = 0
     """Condition on so many class labels; 0: unconditional, as in the paper."""
     bottleneck_width: float = 1.0
-    """Feature maps of the bottleneck as a multiple of the last width; if they differ, 1×1 convolutions lead in and
-    out."""
+    """Feature maps of the bottleneck as a multiple of the last width; unless 1, 1×1 convolutions lead in and out."""
     bottleneck_blocks: int = 2
     """ConvNeXt blocks of the bottleneck, 0 to 4; its attention follows the first half."""
     bottleneck_attention: Literal["softmax", "linear", "none"] = "softmax"
@@ -325,7 +324,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.workers": _between(0, 256),
     "model.options": (
-        lambda v: all(map(_is_option, v.items())),
+        lambda v: all(map(is_option, v.items())),
         "a table of numbers, words, true, false, null or lists of them, under names like hidden_width",
     ),
     "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
@@ -356,13 +355,6 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "runtime.threads": (lambda v: v is None or 1 <= v <= 1024, "between 1 and 1024, or null"),
     "runtime.timeout_s": (lambda v: 0.1 <= v <= MANY, f"between 0.1 and {MANY} seconds"),
 }
-
-
-def _is_option(item: tuple[Any, Any]) -> bool:
-    name, value = item
-    values = value if isinstance(value, (list, tuple)) else [value]
-    plain = all(type(v) in (int, float, str, bool, type(None)) and v == v for v in values)
-    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z]\w*", name)) and plain
 
 
 def _canonical(method: str, kind: str) -> str:
@@ -420,11 +412,8 @@ def _check_relations(config: Config) -> None:
         )
     if model.kind in KINDS and model.options:
         raise UserError(f"model.options.{min(model.options)}: model.kind {model.kind} has no options; see --model.dim")
-    if model.kind in KINDS and model.bottleneck_blocks == 0 and model.bottleneck_attention == "none":
-        raise UserError(
-            "model.bottleneck_blocks: 0 is not valid with model.bottleneck_attention none, since nothing would be left "
-            "of the bottleneck; use --model.bottleneck_blocks 1 or --model.bottleneck_attention linear"
-        )
+    if model.kind in KINDS:
+        check_bottleneck(model.bottleneck_blocks, model.bottleneck_attention)
     if data.dataset == "silos" and data.partition != "private":
         raise UserError(
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args, get_origin
@@ -48,6 +49,14 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
         raise UserError(f"{name}: {value!r} is not valid; it must be a finite number")
 
 
+def is_option(item: tuple[Any, Any]) -> bool:
+    """Whether a (name, value) may be among the settings of a model of one's own."""
+    name, value = item
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(type(v) in (int, float, str, bool, type(None)) and v == v for v in values)
+    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z]\w*", name)) and plain
+
+
 def check_words(levels: int, clients: int) -> None:
     """UserError if the sum of all reporters' levels of quantize is more than a word of 64 bits holds."""
     if (bits := (clients * (levels - 1)).bit_length()) > 63:
@@ -65,6 +74,15 @@ def check_schedule(first: float, last: float, steps: int) -> None:
             f"diffusion.timesteps: {steps} is not valid with diffusion.beta_start = {first} and diffusion.beta_end = "
             f"{last}; ᾱ_T would be {left:.2g}, less than float32 holds ({SMALLEST:.2g}); use fewer timesteps or a "
             "smaller diffusion.beta_end"
+        )
+
+
+def check_bottleneck(blocks: int, attention: str) -> None:
+    """UserError if nothing is left of the bottleneck."""
+    if blocks == 0 and attention == "none":
+        raise UserError(
+            "model.bottleneck_blocks: 0 is not valid with model.bottleneck_attention none, since nothing would be left "
+            "of the bottleneck; use --model.bottleneck_blocks 1 or --model.bottleneck_attention linear"
         )
 
 
