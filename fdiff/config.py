@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fdiff import config_checks as checks
 from fdiff import registry
-from fdiff.config_checks import check_bottleneck, check_names, check_schedule, check_type, check_words, is_option, nearest
+from fdiff.config_checks import is_option, nearest
 from fdiff.errors import UserError
 
 PARTS = ("encoder", "bottleneck", "decoder")
@@ -368,11 +369,11 @@ def _canonical(method: str, kind: str) -> str:
 def validate(config: Config) -> None:
     """Check types, choices, ranges and the fields that depend on each other; UserError names field and remedy."""
     for name, value, annotation in _leaves(config):
-        check_type(name, value, annotation)
+        checks.check_type(name, value, annotation)
         allowed, right = _LIMITS.get(name, (lambda _: True, ""))
         if not allowed(value):
             raise UserError(f"{name}: {value!r} is not valid; it must be {right}")
-    check_names(config.method, config.model.kind, config.data.dataset, PARTS)
+    checks.check_names(config.method, config.model.kind, config.data.dataset, PARTS)
     _check_relations(config)
 
 
@@ -402,9 +403,9 @@ def _check_relations(config: Config) -> None:
             f"diffusion.beta_start: {diffusion.beta_start} is not valid; it must be at most diffusion.beta_end = "
             f"{diffusion.beta_end}"
         )
-    check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
+    checks.check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
     if config.compression.kind == "quantize":
-        check_words(config.compression.levels, config.federation.clients)
+        checks.check_words(config.compression.levels, config.federation.clients)
     if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:
         raise UserError(
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
@@ -413,7 +414,7 @@ def _check_relations(config: Config) -> None:
     if model.kind in KINDS and model.options:
         raise UserError(f"model.options.{min(model.options)}: model.kind {model.kind} has no options; see --model.dim")
     if model.kind in KINDS:
-        check_bottleneck(model.bottleneck_blocks, model.bottleneck_attention)
+        checks.check_bottleneck(model.bottleneck_blocks, model.bottleneck_attention)
     if data.dataset == "silos" and data.partition != "private":
         raise UserError(
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
