@@ -8,16 +8,15 @@ This module knows nothing of processes, files or devices; whether a root exists 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from fdiff import config_checks as checks
 from fdiff import registry
+from fdiff.config_checks import is_option, nearest
 from fdiff.errors import UserError
 
 PARTS = ("encoder", "bottleneck", "decoder")
@@ -132,6 +131,14 @@ class ModelConfig:
     """Channels of an attention head."""
     classes: int = 0
     """Condition on so many class labels; 0: unconditional, as in the paper."""
+    bottleneck_width: float = 1.0
+    """Feature maps of the bottleneck as a multiple of the last width; unless 1, 1×1 convolutions lead in and out."""
+    bottleneck_blocks: int = 2
+    """ConvNeXt blocks of the bottleneck, 0 to 4; its attention follows the first half."""
+    bottleneck_attention: Literal["softmax", "linear", "none"] = "softmax"
+    """Attention of the bottleneck."""
+    bottleneck_select: float = 1.0
+    """Share of the encoder's feature maps that enter the bottleneck, in (0, 1]; which ones is learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +307,6 @@ GROUPS: dict[str, type] = {
 PATHS = ("data.root", "run.dir")  # fields in which a person may write ~ and $NAME: see `config_file`
 
 MANY = 1_000_000  # of anything that a run does one after the other
-SMALLEST = 2.0**-126  # that float32 holds to its full precision
 
 
 def _between(low: int, high: int) -> tuple[Any, str]:
@@ -336,7 +342,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.workers": _between(0, 256),
     "model.options": (
-        lambda v: all(map(_is_option, v.items())),
+        lambda v: all(map(is_option, v.items())),
         "a table of numbers, words, true, false, null or lists of them, under names like hidden_width",
     ),
     "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
@@ -344,6 +350,9 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     "model.heads": _between(1, 64),
     "model.head_dim": _between(1, 1024),
     "model.classes": (lambda v: 0 <= v <= 100_000, "0 (unconditional) or the number of classes, at most 100000"),
+    "model.bottleneck_width": (lambda v: 0 < v <= 16, "greater than 0, and at most 16"),
+    "model.bottleneck_blocks": _between(0, 4),
+    "model.bottleneck_select": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "diffusion.timesteps": _between(2, 100_000),
     "diffusion.beta_start": (lambda v: 1e-12 <= v < 1, "in [1e-12, 1)"),
     "diffusion.beta_end": (lambda v: 0 < v < 1, "in (0, 1)"),
@@ -366,13 +375,6 @@ _LIMITS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _is_option(item: tuple[Any, Any]) -> bool:
-    name, value = item
-    values = value if isinstance(value, (list, tuple)) else [value]
-    plain = all(type(v) in (int, float, str, bool, type(None)) and v == v for v in values)
-    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z]\w*", name)) and plain
-
-
 def _canonical(method: str, kind: str) -> str:
     """The name of a method that was given as parts of a model in `KINDS`: in their order, or that of the paper."""
     if kind not in KINDS or not set(method.split("+")) <= set(PARTS):
@@ -381,29 +383,14 @@ def _canonical(method: str, kind: str) -> str:
     return {"+".join(PARTS): "full", "bottleneck+decoder": "ulatdec", "decoder": "udec"}.get(shared, shared)
 
 
-def _check_names(config: Config) -> None:
-    """UserError for a method, a model or a data set that nobody knows."""
-    registry.check_name("model.kind", config.model.kind)
-    registry.check_name("data.dataset", config.data.dataset)
-    parts = config.method.split("+")
-    if set(parts) <= set(PARTS) or (config.model.kind not in KINDS and all(map(registry.is_name, parts))):
-        if len(set(parts)) < len(parts):
-            raise UserError(f"method: {config.method!r} names a part twice")
-        return
-    if "+" in config.method and config.method not in registry.names("method"):
-        unknown = next(part for part in parts if part not in PARTS)
-        raise UserError(f"method: {config.method!r} names a part {unknown!r}; the parts are {', '.join(PARTS)}")
-    registry.check_name("method", config.method, f", or some of the parts {', '.join(PARTS)}, joined by +")
-
-
 def validate(config: Config) -> None:
     """Check types, choices, ranges and the fields that depend on each other; UserError names field and remedy."""
     for name, value, annotation in _leaves(config):
-        _check_type(name, value, annotation)
+        checks.check_type(name, value, annotation)
         allowed, right = _LIMITS.get(name, (lambda _: True, ""))
         if not allowed(value):
             raise UserError(f"{name}: {value!r} is not valid; it must be {right}")
-    _check_names(config)
+    checks.check_names(config.method, config.model.kind, config.data.dataset, PARTS)
     _check_relations(config)
 
 
@@ -416,24 +403,6 @@ def _leaves(config: Config) -> list[tuple[str, Any, Any]]:
         hints = get_type_hints(cls)
         leaves += [(f"{group}.{n}", getattr(getattr(config, group), n), h) for n, h in hints.items()]
     return leaves
-
-
-def _check_type(name: str, value: Any, annotation: Any) -> None:
-    if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise UserError(f"{name}: {value!r} is not valid; choose one of {', '.join(get_args(annotation))}")
-        return
-    if get_origin(annotation) is tuple:
-        if not (isinstance(value, tuple) and all(type(v) is int for v in value)):
-            raise UserError(f"{name}: {value!r} is not valid; it must be a list of whole numbers")
-        return
-    allowed = (dict,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
-    number = float in allowed and type(value) is int
-    if type(value) not in allowed and not number:
-        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise UserError(f"{name}: {value!r} is not valid; it must be of type {names}")
-    if (number or isinstance(value, float)) and not abs(value) <= sys.float_info.max:
-        raise UserError(f"{name}: {value!r} is not valid; it must be a finite number")
 
 
 def _check_relations(config: Config) -> None:
@@ -451,8 +420,9 @@ def _check_relations(config: Config) -> None:
             f"diffusion.beta_start: {diffusion.beta_start} is not valid; it must be at most diffusion.beta_end = "
             f"{diffusion.beta_end}"
         )
-    _check_schedule(diffusion)
-    _check_words(config)
+    checks.check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
+    if config.compression.kind == "quantize":
+        checks.check_words(config.compression.levels, config.federation.clients)
     if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:
         raise UserError(
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
@@ -460,6 +430,8 @@ def _check_relations(config: Config) -> None:
         )
     if model.kind in KINDS and model.options:
         raise UserError(f"model.options.{min(model.options)}: model.kind {model.kind} has no options; see --model.dim")
+    if model.kind in KINDS:
+        checks.check_bottleneck(model.bottleneck_blocks, model.bottleneck_attention)
     if data.dataset == "silos" and data.partition != "private":
         raise UserError(
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
@@ -475,28 +447,6 @@ def _check_relations(config: Config) -> None:
 def stages_of(model: ModelConfig) -> int:
     """The stages between which the model halves the side of an image, as far as its configuration tells."""
     return len(model.dim_mults) if model.kind in KINDS else 1
-
-
-def _check_words(config: Config) -> None:
-    """UserError if the sum of all reporters' levels is more than a word of 64 bits holds."""
-    levels, clients = config.compression.levels, config.federation.clients
-    if config.compression.kind == "quantize" and (bits := (clients * (levels - 1)).bit_length()) > 63:
-        raise UserError(
-            f"compression.levels: {levels} is not valid with {clients} clients; a value of the sum would take {bits} "
-            "bits, and a word holds 63: use fewer levels"
-        )
-
-
-def _check_schedule(diffusion: DiffusionConfig) -> None:
-    """UserError if so little of an image is left at the last timestep that the sampler's 1/√ᾱ_T is no number."""
-    first, last, steps = diffusion.beta_start, diffusion.beta_end, diffusion.timesteps
-    left = math.prod(1 - first - (last - first) * t / (steps - 1) for t in range(steps))
-    if left < SMALLEST:
-        raise UserError(
-            f"diffusion.timesteps: {steps} is not valid with diffusion.beta_start = {first} and diffusion.beta_end = "
-            f"{last}; ᾱ_T would be {left:.2g}, less than float32 holds ({SMALLEST:.2g}); use fewer timesteps or a "
-            "smaller diffusion.beta_end"
-        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -539,15 +489,3 @@ def from_dict(values: dict[str, Any]) -> Config:
 def _no_such_field(name: str) -> UserError:
     near = nearest(name, [*GROUPS, *flat(to_dict(Config()))])
     return UserError(f"{name}: no such field; {near or 'fdiff train --help lists them'}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "did you mean federation.clients?" of a name that is none of the known ones; "" where none is near.
-
-    Names are told by what stands behind their last point, so that the right one is found in another group.
-    """
-    names = sorted(known, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0])
-    lasts = [other.rpartition(".")[2] for other in names]
-    close = difflib.get_close_matches(name.rpartition(".")[2], dict.fromkeys(lasts), n=2, cutoff=0.7)
-    found = [other for one in close for other, last in zip(names, lasts, strict=True) if last == one]
-    return f"did you mean {' or '.join(found[:3])}?" if found else ""

@@ -15,8 +15,19 @@ from fdiff.model.unet import UNet
 
 
 def build_unet(shape: tuple[int, int, int], model: ModelConfig) -> UNet:
-    """The paper's UNet for images (C, S, S)."""
-    return UNet(shape[0], model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
+    """The UNet, the paper's or one with another bottleneck, for images (C, S, S)."""
+    return UNet(
+        shape[0],
+        model.dim,
+        model.dim_mults,
+        model.heads,
+        model.head_dim,
+        model.classes,
+        model.bottleneck_width,
+        model.bottleneck_blocks,
+        model.bottleneck_attention,
+        model.bottleneck_select,
+    )
 
 
 BUILDERS = {"unet": build_unet}

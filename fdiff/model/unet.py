@@ -21,7 +21,7 @@ class UNet(nn.Module):
 
     `channels` is 1 or 3; stage i has dim × dim_mults[i] channels. With `classes` > 0 a label embedding is added to
     the time vector. For dim 28, one channel and (1, 2, 4) it has 2,996,315 parameters: 1,280,642 in the encoder,
-    999,376 in the bottleneck and 716,297 in the decoder.
+    999,376 in the bottleneck and 716,297 in the decoder. What begins with `bottleneck_` is `Bottleneck`'s.
     """
 
     def __init__(
@@ -32,11 +32,24 @@ class UNet(nn.Module):
         heads: int = 4,
         head_dim: int = 32,
         classes: int = 0,
+        bottleneck_width: float = 1.0,
+        bottleneck_blocks: int = 2,
+        bottleneck_attention: str = "softmax",
+        bottleneck_select: float = 1.0,
     ) -> None:
         super().__init__()
         widths = [dim * m for m in dim_mults]
         self.encoder = Encoder(channels, dim, widths, heads, head_dim, classes)
-        self.bottleneck = Bottleneck(widths[-1], 4 * dim, heads, head_dim)
+        self.bottleneck = Bottleneck(
+            widths[-1],
+            4 * dim,
+            heads,
+            head_dim,
+            bottleneck_width,
+            bottleneck_blocks,
+            bottleneck_attention,
+            bottleneck_select,
+        )
         self.decoder = Decoder(channels, dim, widths, heads, head_dim)
 
     @property
@@ -94,16 +107,59 @@ class Encoder(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Block, softmax attention, block, all at the last width."""
+    """Block, softmax attention, block, all at the last width; or a variant: (B, w, s, s), (B, 4·dim) → (B, w, s, s).
 
-    def __init__(self, width: int, time_dim: int, heads: int, head_dim: int) -> None:
+    `select`: only ⌈select · w⌉ of the maps enter, those with the highest of w learned scores; the others are zero.
+    `multiple`: inside there are multiple · w maps, to the nearest whole number (of a half: the even one), at least 1;
+    if these are not w, 1×1 convolutions lead in and out. `attention`, one of `ATTENTIONS` or "none", follows the first
+    half of the `blocks` (the larger half). Without selection there are no scores.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        time_dim: int,
+        heads: int,
+        head_dim: int,
+        multiple: float = 1.0,
+        blocks: int = 2,
+        attention: str = "softmax",
+        select: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.block1 = ConvNextBlock(width, width, time_dim)
-        self.attention = PreNormResidual(width, Attention(width, heads, head_dim))
-        self.block2 = ConvNextBlock(width, width, time_dim)
+        inner, before = max(1, round(multiple * width)), (blocks + 1) // 2
+        self.selected = max(1, math.ceil(select * width - 1e-9))  # 0.07 of 100 is 7, whatever 0.07 is in binary
+        # Equal at first, so that the first steps choose: no map of a fresh encoder is better than another.
+        self.scores = nn.Parameter(torch.zeros(width)) if self.selected < width else None
+        # `forward` runs the modules in the order in which they come into being.
+        if inner != width:
+            self.enter = nn.Conv2d(width, inner, 1)
+        for i in range(1, before + 1):
+            self.add_module(f"block{i}", ConvNextBlock(inner, inner, time_dim))
+        if attention != "none":
+            self.attention = PreNormResidual(inner, ATTENTIONS[attention](inner, heads, head_dim))
+        for i in range(before + 1, blocks + 1):
+            self.add_module(f"block{i}", ConvNextBlock(inner, inner, time_dim))
+        if inner != width:
+            self.leave = nn.Conv2d(inner, width, 1)
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
-        return self.block2(self.attention(self.block1(h, time)), time)
+        if self.scores is not None:
+            h = h * gates(self.scores, self.selected).to(h.dtype)[:, None, None]
+        for module in self.children():
+            h = module(h, time) if isinstance(module, ConvNextBlock) else module(h)
+        return h
+
+
+def gates(scores: Tensor, count: int) -> Tensor:
+    """1 at the `count` highest of the scores (C,), of equal ones the first, and 0 elsewhere: (C,), to the bit.
+
+    Backwards it is the sigmoid of the scores, so that those left out learn as well (straight through).
+    """
+    # By rank: of equal values topk takes any, and may take others on another device.
+    ranks = scores.argsort(descending=True, stable=True).argsort()
+    soft = scores.sigmoid()
+    return (ranks < count).to(scores.dtype) + (soft - soft.detach())
 
 
 class Decoder(nn.Module):
@@ -234,6 +290,9 @@ class LinearAttention(nn.Module):
         mixed = (context @ w_out).flatten(1, 2)  # (B, H·D, C)
         out = torch.baddbmm(proj.bias, q.flatten(2), mixed)  # (B, N, C)
         return norm(out.transpose(1, 2).unflatten(2, sides))
+
+
+ATTENTIONS: dict[str, type[nn.Module]] = {"softmax": Attention, "linear": LinearAttention}
 
 
 def _rows(h: Tensor) -> Tensor:

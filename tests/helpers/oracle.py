@@ -40,15 +40,34 @@ def unet(w: Weights, config: Config, x: Tensor, t: Tensor, labels: Tensor | None
         skips[i] = h
         if i < stages:
             h = conv(w, f"down{i}.halve", h, padding=1, stride=2)
-    h = block(w, "middle.first", h, time)
-    h = h + softmax_attention(w, "middle.attention", h, *shape)
-    h = block(w, "middle.second", h, time)
+    h = middle(w, config, h, time)
     for i in range(stages, 1, -1):
         h = block(w, f"up{i}.first", torch.cat([h, skips[i]], 1), time)
         h = block(w, f"up{i}.second", h, time)
         h = h + linear_attention(w, f"up{i}.attention", h, *shape)
         h = F.conv_transpose2d(h, w[f"up{i}.double.weight"], w[f"up{i}.double.bias"], stride=2, padding=1)
     return conv(w, "head.out", block(w, "head.block", h, None))
+
+
+def middle(w: Weights, config: Config, h: Tensor, time: Tensor) -> Tensor:
+    """Blocks with an attention amidst them, or what the configuration makes of it."""
+    model = config.model
+    if "middle.scores" in w:
+        scores = w["middle.scores"]
+        best = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
+        best = best[: math.ceil(model.bottleneck_select * len(scores))]
+        hard = torch.tensor([float(i in best) for i in range(len(scores))], dtype=scores.dtype)
+        soft = 1 / (1 + torch.exp(-scores))
+        h = h * (hard - soft.detach() + soft)[None, :, None, None]
+    if "middle.in.weight" in w:
+        h = conv(w, "middle.in", h)
+    attend = {"softmax": softmax_attention, "linear": linear_attention}.get(model.bottleneck_attention)
+    for i in range(model.bottleneck_blocks + 1):
+        if i == math.ceil(model.bottleneck_blocks / 2) and attend:
+            h = h + attend(w, "middle.attention", h, model.heads, model.head_dim)
+        if i < model.bottleneck_blocks:
+            h = block(w, f"middle.{_NUMBERS[i]}", h, time)
+    return conv(w, "middle.out", h) if "middle.out.weight" in w else h
 
 
 def block(w: Weights, name: str, x: Tensor, time: Tensor | None) -> Tensor:
@@ -118,6 +137,7 @@ def softmax(x: Tensor, dim: int) -> Tensor:
 
 # --- names --------------------------------------------------------------------------------------------------
 
+_NUMBERS = ("first", "second", "third", "fourth")
 _BLOCK = {"time": "time.1", "depthwise": "depthwise", "norm1": "net.0", "widen": "net.1", "norm2": "net.3"}
 _BLOCK |= {"narrow": "net.4", "residual": "residual"}
 _LINEAR = {"norm_in": "norm", "qkv": "fn.qkv", "out": "fn.out.0", "norm_out": "fn.out.1"}
@@ -129,14 +149,15 @@ def package_names(config: Config) -> dict[str, str]:
     stages = len(config.model.dim_mults)
     names = {"stem": "encoder.stem", "class": "encoder.label", "head.out": "decoder.out"}
     names |= {"time1": "encoder.time.1", "time2": "encoder.time.3"}
-    groups = {"middle": ("bottleneck", _SOFTMAX)}
+    names |= {"middle.in": "bottleneck.enter", "middle.out": "bottleneck.leave", "middle": "bottleneck"}  # its scores
+    groups = {"middle": ("bottleneck", _LINEAR if config.model.bottleneck_attention == "linear" else _SOFTMAX)}
     for i in range(1, stages + 1):
         down, up = f"encoder.stages.{i - 1}", f"decoder.stages.{stages - i}"
         groups |= {f"down{i}": (down, _LINEAR), f"up{i}": (up, _LINEAR)}
         names |= {f"down{i}.halve": f"{down}.down", f"up{i}.double": f"{up}.up"}
     for ours, (theirs, attention) in groups.items():
-        names |= {f"{ours}.first.{k}": f"{theirs}.block1.{v}" for k, v in _BLOCK.items()}
-        names |= {f"{ours}.second.{k}": f"{theirs}.block2.{v}" for k, v in _BLOCK.items()}
+        for i, number in enumerate(_NUMBERS, 1):
+            names |= {f"{ours}.{number}.{k}": f"{theirs}.block{i}.{v}" for k, v in _BLOCK.items()}
         names |= {f"{ours}.attention.{k}": f"{theirs}.attention.{v}" for k, v in attention.items()}
     return names | {f"head.block.{k}": f"decoder.block.{v}" for k, v in _BLOCK.items()}
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
 
 from fdiff.config import Config, DataConfig, ModelConfig
+from fdiff.model.building import build_unet
 from fdiff.model.unet import PARTS, UNet
 
 TINY = ModelConfig(dim=8, dim_mults=(1, 2), heads=2, head_dim=4)
+# Of 16 maps at the last width: 3, 30 and 2 inside (with a single one, the norm takes out what time adds); 8, 5 and 1
+# selected.
+BOTTLENECKS = [
+    {"bottleneck_width": 0.2},
+    {"bottleneck_width": 1.9, "bottleneck_attention": "linear"},
+    {"bottleneck_width": 0.1, "bottleneck_blocks": 3},
+    {"bottleneck_blocks": 0},
+    {"bottleneck_blocks": 0, "bottleneck_attention": "linear"},
+    {"bottleneck_blocks": 1},
+    {"bottleneck_blocks": 4, "bottleneck_select": 0.3},
+    {"bottleneck_attention": "none"},
+    {"bottleneck_select": 0.5},
+    {"bottleneck_select": 0.001, "bottleneck_width": 2, "bottleneck_blocks": 1, "bottleneck_attention": "none"},
+]
 
 
 def make(model: ModelConfig, channels: int = 1) -> UNet:
     """A float64 UNet in which no parameter is 0 or 1, as norms are at first, so that each one matters."""
-    unet = UNet(channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes).double()
+    unet = build_unet((channels, 8, 8), model).double()
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -31,7 +48,7 @@ def inputs(model: ModelConfig, channels: int, side: int, n: int = 3) -> tuple[to
 
 def count(model: ModelConfig, channels: int = 1) -> dict[str, int]:
     with torch.device("meta"):
-        unet = UNet(channels, model.dim, model.dim_mults, model.heads, model.head_dim, model.classes)
+        unet = build_unet((channels, 8, 8), model)
     return {part: sum(p.numel() for p in unet.get_submodule(part).parameters()) for part in PARTS}
 
 
@@ -63,6 +80,7 @@ def test_classes_cost_an_embedding_in_the_encoder():
         (ModelConfig(dim=10, dim_mults=(2, 1, 3), heads=1, head_dim=8, classes=7), 3, 4),
         (ModelConfig(dim=6, dim_mults=(1,), heads=3, head_dim=2), 1, 5),
         (ModelConfig(dim=28, dim_mults=(1, 2, 4)), 1, 28),
+        *[(replace(TINY, **variant), 1, 8) for variant in BOTTLENECKS],
     ],
     ids=str,
 )
@@ -77,8 +95,9 @@ def test_output_is_the_oracles(model, channels, side):
     assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-def test_every_parameter_has_a_gradient_and_it_is_the_oracles():
-    model = ModelConfig(dim=8, dim_mults=(1, 2), heads=2, head_dim=4, classes=3)
+@pytest.mark.parametrize("variant", [{}, *BOTTLENECKS], ids=str)
+def test_every_parameter_has_a_gradient_and_it_is_the_oracles(variant):
+    model = replace(TINY, classes=3, **variant)
     unet, (x, t, labels) = make(model), inputs(model, 1, 4)
     config = Config(model=model, data=DataConfig(image_side=4))
     weights = oracle.renamed(dict(unet.named_parameters()), config)
