@@ -77,10 +77,12 @@ class DataConfig:
     """Image files with more pixels are refused, before memory is taken for them."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """When an image file is unfit: refuse to start, or leave out all that are unfit when the run starts."""
-    partition: Literal["iid", "label-skew", "quantity-skew", "private"] = "iid"
+    partition: Literal["iid", "label-skew", "quantity-skew", "label-count", "private"] = "iid"
     """How the training images are split; `private`: not at all, each client has its own folder or file."""
     beta: float = 0.5
     """Concentration of the Dirichlet distribution of the two skews; smaller is more skewed."""
+    labels_per_client: int = 2
+    """Classes of which each client has images with label-count."""
     seed: int = 2023
     """Seed of the split, for NumPy's legacy generator."""
     limit: int | None = None
@@ -337,6 +339,7 @@ _LIMITS: dict[str, tuple[Any, str]] = {
     ),
     "data.max_pixels": _between(1, 2**40),
     "data.beta": (lambda v: 0 < v <= MANY, f"greater than 0, and at most {MANY}"),
+    "data.labels_per_client": _between(1, 100_000),
     "data.seed": (lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
     "data.limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),
     "data.test_limit": (lambda v: v is None or 1 <= v < 2**31, "in [1, 2^31), or null"),

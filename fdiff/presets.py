@@ -8,10 +8,12 @@ from dataclasses import replace
 from fdiff.config import Config, DataConfig, FederationConfig, ModelConfig, OptimConfig, SampleConfig
 from fdiff.errors import UserError
 
-_VARIANTS = re.compile(r"(fmnist|celeba|cifar10|folder|mini)((?:-k\d+)?(?:-e\d+)?(?:-label-skew|-quantity-skew)?)")
+_VARIANTS = re.compile(
+    r"(fmnist|celeba|cifar10|folder|mini)((?:-k\d+)?(?:-e\d+)?(?:-label-skew|-quantity-skew|-label-count)?)"
+)
 PRESETS = (
-    "fmnist, celeba, cifar10, folder or mini, each also with -kK, -eE, -label-skew or -quantity-skew behind it, in "
-    "this order (fmnist-k10-e5-label-skew)"
+    "fmnist, celeba, cifar10, folder or mini, each also with -kK, -eE, and -label-skew, -quantity-skew or "
+    "-label-count behind it, in this order (fmnist-k10-e5-label-skew)"
 )
 
 
@@ -27,8 +29,8 @@ def preset(name: str) -> Config:
         fed = replace(fed, clients=int(k[1]))
     if e := re.search(r"-e(\d+)", variant):
         fed = replace(fed, local_epochs=int(e[1]))
-    skew = re.search(r"(label|quantity)-skew", variant)
-    return replace(config, federation=fed, data=replace(config.data, partition=skew[0]) if skew else config.data)
+    split = re.search(r"(label|quantity)-(skew|count)", variant)
+    return replace(config, federation=fed, data=replace(config.data, partition=split[0]) if split else config.data)
 
 
 def fmnist() -> Config:

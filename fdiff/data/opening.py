@@ -88,12 +88,14 @@ def open_client_source(data: DataConfig, client: int, split: str) -> Source:
 
 def split_source(source: Source, data: DataConfig, clients: int) -> list[np.ndarray]:
     """The indices (n_k,) of each client's images, as `data` splits them; UserError where that is not possible."""
-    if data.partition == "label-skew" and not source.labelled:
+    if data.partition in ("label-skew", "label-count") and not source.labelled:
         raise UserError(
-            f"data.partition: label-skew needs labels, and {source.name} has none; give each class a subfolder, or use "
-            "quantity-skew"
+            f"data.partition: {data.partition} needs labels, and {source.name} has none; give each class a subfolder, "
+            "or use quantity-skew"
         )
-    return partition_indices(source.labels, data.partition, clients, data.beta, data.seed)
+    return partition_indices(
+        source.labels, data.partition, clients, data.beta, data.seed, labels_per_client=data.labels_per_client
+    )
 
 
 def without_unfit(split: Split, unfit: dict[int, str]) -> Split:

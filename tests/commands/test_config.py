@@ -43,6 +43,7 @@ def test_variants_of_a_preset():
     assert (config.federation.clients, config.federation.local_epochs) == (10, 1)
     assert config.data.partition == "quantity-skew"
     assert preset("celeba-label-skew").data.partition == "label-skew"
+    assert preset("mini-k5-label-count").data.partition == "label-count"
     for name in ("fmnist-e1-k10", "fmnist-k0", "fmnist-kx", "imagenet", ""):
         with pytest.raises(UserError):
             preset(name)

@@ -440,3 +440,4 @@ def test_a_conditional_model_and_label_skew_need_labels(tmp_path: Path) -> None:
     check_labels(source, 0)
     refusal(lambda: check_labels(source, 1), "model.classes", str(tmp_path), "no labels", "--model.classes 0")
     refusal(lambda: split_source(source, folder(tmp_path, partition="label-skew"), 1), "label-skew needs labels")
+    refusal(lambda: split_source(source, folder(tmp_path, partition="label-count"), 1), "label-count needs labels")

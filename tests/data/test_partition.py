@@ -1,14 +1,26 @@
-"""The three splits: the published label counts, and what must hold for any labels, clients, beta and seed."""
+"""The four splits: the published label counts, and what must hold for any labels, clients, beta and seed."""
 
 from __future__ import annotations
 
+import re
+import time
+
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from fdiff.data.fashion_mnist import DEBIAN_ROOT, read_idx
-from fdiff.data.partition import KINDS, iid, label_counts, label_skew, partition_indices, quantity_skew
+from fdiff.data.partition import (
+    BETAS as NAMED,
+    KINDS,
+    iid,
+    label_count,
+    label_counts,
+    label_skew,
+    partition_indices,
+    quantity_skew,
+)
 from fdiff.errors import UserError
 
 needs_debian = pytest.mark.skipif(
@@ -19,28 +31,34 @@ BETAS = st.floats(0.3, 100)
 
 
 @st.composite
-def splits(draw: st.DrawFn) -> tuple[np.ndarray, str, int, float, int]:
+def splits(draw: st.DrawFn) -> tuple[np.ndarray, str, int, float, int, int]:
     """Arguments of `partition_indices` with enough images for a skew to succeed in 1,000 draws, all but always."""
     clients = draw(st.integers(1, 8))
     n = draw(st.integers(40 * clients, 100 * clients))
     classes = draw(st.integers(1, 12))
     labels = np.random.RandomState(draw(SEEDS)).randint(0, classes, n)
-    return labels, draw(st.sampled_from(KINDS)), clients, draw(BETAS), draw(SEEDS)
+    present = len(np.unique(labels))
+    number = draw(st.integers(-(-present // clients), present))
+    return labels, draw(st.sampled_from(KINDS)), clients, draw(BETAS), draw(SEEDS), number
 
 
-def split(arguments: tuple[np.ndarray, str, int, float, int]) -> list[np.ndarray]:
-    """The split; a skew that refuses because none of its 1,000 draws will do is right to, and shows nothing here."""
+def split(arguments: tuple[np.ndarray, str, int, float, int, int]) -> list[np.ndarray]:
+    """The split; a skew that refuses because none of its 1,000 draws will do is right to, and shows nothing here.
+
+    So is a label-count with a class or a client that has too few images.
+    """
     try:
         return partition_indices(*arguments)
     except UserError as refusal:
-        assert arguments[1] != "iid" and "1000 draws" in str(refusal)
+        words = {"label-count": "shares the|leaves client"}.get(arguments[1], "1000 draws")
+        assert arguments[1] != "iid" and re.search(words, str(refusal))
         reject()
 
 
 @settings(max_examples=60)
 @given(splits())
 def test_a_split_holds_every_index_exactly_once(arguments):
-    labels, kind, clients, _, _ = arguments
+    labels, kind, clients, *_ = arguments
     shards = split(arguments)
     assert len(shards) == clients
     assert all(shard.dtype == np.int64 for shard in shards)
@@ -75,7 +93,7 @@ def test_label_counts_account_for_every_image(arguments):
 def test_seeds_differ():
     labels = np.arange(1000) % 10
     for kind in KINDS:
-        first, second = (np.concatenate(partition_indices(labels, kind, 4, 0.5, seed)) for seed in (1, 2))
+        first, second = (np.concatenate(partition_indices(labels, kind, 4, 0.5, seed, 5)) for seed in (1, 2))
         assert not np.array_equal(first, second)
 
 
@@ -135,7 +153,7 @@ def test_a_huge_beta_is_nearly_even_and_a_small_one_is_not():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_client_gets_everything(kind):
-    (shard,) = partition_indices(np.arange(30) % 3, kind, 1, 0.5, 2023)
+    (shard,) = partition_indices(np.arange(30) % 3, kind, 1, 0.5, 2023, 3)
     np.testing.assert_array_equal(np.sort(shard), np.arange(30))
 
 
@@ -151,8 +169,9 @@ def test_one_client_gets_everything(kind):
         ("quantity-skew", 100, 2, float("nan"), ["data.beta", "nan"]),
         ("label-skew", 100, 2, float("inf"), ["data.beta", "inf"]),
         ("quantity-skew", 100, 2, 1e308, ["data.beta: 1e+308", "at most 1000000"]),
-        ("label-skew", 60, 6, 0.01, ["data.partition", "label-skew", "1000 draws", "larger data.beta"]),
-        ("quantity-skew", 60, 6, 0.01, ["data.partition", "quantity-skew", "1000 draws", "larger data.beta"]),
+        ("label-skew", 60, 6, 0.01, ["data.partition", "label-skew", "1000 draws", "up to 1000000, works"]),
+        ("quantity-skew", 60, 6, 0.01, ["data.partition", "quantity-skew", "1000 draws", "up to 1000000, works"]),
+        ("label-count", 19, 2, 0.5, ["federation.clients", "at least 20 images", "data.partition label-count"]),
         ("quantity-skew", 100, 2, 1e-320, ["data.partition", "1000 draws"]),
         ("label-skew", 100, 2, 1e-320, ["data.partition", "1000 draws"]),
         ("dirichlet", 100, 2, 0.5, ["data.partition", "'dirichlet'", *KINDS]),
@@ -164,3 +183,115 @@ def test_bad_requests_say_what_to_change(kind, n, clients, beta, words):
         partition_indices(np.arange(n) % 4, kind, clients, beta, 2023)
     assert "\n" not in str(raised.value)
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@st.composite
+def dealt(draw: st.DrawFn) -> tuple[np.ndarray, int, int, int]:
+    """Labels of any values in any order, clients, a number of classes that there are, and a seed."""
+    values = draw(st.lists(st.integers(-1000, 1000), min_size=1, max_size=12, unique=True))
+    images = draw(st.lists(st.integers(1, 200), min_size=len(values), max_size=len(values)))
+    labels = np.random.RandomState(draw(SEEDS)).permutation(np.repeat(values, images))
+    assume(len(labels) >= 20)
+    clients = draw(st.integers(1, min(100, len(labels) // 10)))
+    return labels, clients, draw(st.integers(1, len(values))), draw(SEEDS)
+
+
+@settings(max_examples=150)
+@given(dealt())
+def test_label_count_gives_each_client_its_classes_and_each_class_its_holders(arguments):
+    labels, clients, number, seed = arguments
+    classes, images = np.unique(labels, return_counts=True)
+    try:
+        shards = label_count(*arguments)
+    except UserError as refusal:
+        check_refusal(str(refusal), labels, clients, number, seed)
+        return
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(len(labels)))
+    assert len(shards) == clients and all(shard.dtype == np.int64 and len(shard) >= 10 for shard in shards)
+    counts = label_counts(labels, shards)
+    assert all(len(of_client) == number for of_client in counts)
+    pieces = [[of_client[label] for of_client in counts if label in of_client] for label in classes.tolist()]
+    assert all(max(of_class) - min(of_class) <= 1 for of_class in pieces)
+    holders = [len(of_class) for of_class in pieces]
+    assert 1 <= min(holders) and max(holders) - min(holders) <= 1
+    for shard, again in zip(shards, label_count(*arguments), strict=True):
+        np.testing.assert_array_equal(shard, again)
+
+
+def check_refusal(said: str, labels: np.ndarray, clients: int, number: int, seed: int) -> None:
+    """It is one line, it is true, and what it says will do does."""
+    images = np.unique(labels, return_counts=True)[1]
+    most = -(-clients * number // len(images))
+    assert "\n" not in said
+    if "to nobody" not in said:
+        assert clients * number >= len(images)
+        if found := re.search(r"shares the (\d+) images of label (-?\d+) among (\d+) clients", said):
+            n, label, holders = map(int, found.groups())
+            assert n == np.sum(labels == label) < holders in (most - 1, most)
+        else:
+            assert int(re.search(r"leaves client \d+ with (\d+) images", said)[1]) < 10
+        return
+    assert f"{len(images) - clients * number} of {len(images)} classes" in said and clients * number < len(images)
+    if more := re.search(r"at least data.labels_per_client (\d+)", said):
+        assert clients * (int(more[1]) - 1) < len(images)
+        label_count(labels, clients, int(more[1]), seed)
+    if more := re.search(r"(\d+) federation.clients", said):
+        assert (int(more[1]) - 1) * number < len(images)
+        label_count(labels, int(more[1]), number, seed)
+
+
+def test_label_count_deals_ten_classes_to_a_hundred_clients():
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(10) * 7 - 3, 600))
+    counts = label_counts(labels, label_count(labels, 100, 2, 2023))
+    assert all(list(of_client.values()) == [30, 30] for of_client in counts)
+    assert len({tuple(of_client) for of_client in counts}) > 20  # pairs of classes, not the same five again and again
+    assert counts != label_counts(labels, label_count(labels, 100, 2, 2024))
+
+
+@pytest.mark.parametrize(
+    ("images", "clients", "number", "words"),
+    [
+        ([20] * 10, 3, 2, "3 clients and data.labels_per_client 2 leaves the images of 4 of 10 classes to nobody; use "
+         "at least data.labels_per_client 4 or 5 federation.clients"),
+        ([6] * 10, 3, 1, "7 of 10 classes to nobody; use at least data.labels_per_client 4"),
+        ([60] * 4, 3, 5, "data.labels_per_client: 5 is too many, the training images have 4 classes; use at most 4"),
+        ([60] * 4, 3, 0, "data.labels_per_client: 0 is too few; use at least 1"),
+        ([60, 60, 2], 3, 3, "shares the 2 images of label 2 among 3 clients; use fewer federation.clients"),
+        ([60, 5], 2, 1, "with 5 images, and each needs 10; use a larger data.labels_per_client"),
+    ],
+)  # fmt: skip
+def test_label_count_that_cannot_be_had_says_what_can(images, clients, number, words):
+    with pytest.raises(UserError) as raised:
+        label_count(np.repeat(np.arange(len(images)), images), clients, number, 2023)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def named(kind: str, labels: np.ndarray, clients: int, beta: float, seed: int) -> float:
+    """The beta that the refusal names; rejects where the skew is met, or no beta is named."""
+    try:
+        partition_indices(labels, kind, clients, beta, seed)
+    except UserError as refusal:
+        if found := re.search(r"smallest data.beta that works here is about (\S+),", str(refusal)):
+            return float(found[1])
+    reject()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(["label-skew", "quantity-skew"]), st.integers(3, 12), st.integers(12, 40), SEEDS)
+def test_the_named_beta_works_and_the_one_below_does_not(kind, clients, each, seed):
+    labels = np.arange(clients * each) % 5
+    beta = named(kind, labels, clients, 0.02, seed)
+    assert beta in NAMED and min(map(len, partition_indices(labels, kind, clients, beta, seed))) >= 10
+    below = NAMED[NAMED.index(beta) - 1]
+    assert 0.88 < below / beta < 0.92
+    with pytest.raises(UserError):
+        partition_indices(labels, kind, clients, below, seed)
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("label-skew", 0.01), ("quantity-skew", 0.5)])
+def test_the_search_among_60_000_images_is_quick_and_what_it_names_works(kind, beta):
+    labels = np.arange(60_000) % 10
+    started = time.process_time()
+    found = named(kind, labels, 100, beta, 2023)
+    assert time.process_time() - started < 15  # 2 to 3 s, the draws that were asked for with it
+    assert min(map(len, partition_indices(labels, kind, 100, found, 2023))) >= 10
