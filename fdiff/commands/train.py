@@ -31,7 +31,7 @@ def run(config: Config, comm: Communicator, device: torch.device, *, resume: boo
     if (grid := Federator(config).grid_path(max(done, fed.rounds))).exists():
         print(f"sample grid  {grid}")
     print(f"\nwhat each method communicates in {fed.rounds} rounds with {fed.clients} clients on {comm.size} ranks:")
-    print(methods_table(config, comm.size, images_of(read_setting(folder))))
+    print(methods_table(config, comm.size, images_of(read_setting(folder), fed.clients)))
 
 
 def newest_round(folder: Path) -> int:

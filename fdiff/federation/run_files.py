@@ -158,9 +158,10 @@ def read_setting(run_dir: Path) -> dict[str, Any]:
     return setting
 
 
-def images_of(setting: Mapping[str, Any]) -> dict[int, int] | None:
-    """Training images of each client, by a run's setting; None where it does not say."""
-    return {client: row["images"] for client, row in enumerate(setting.get("clients", []))} or None
+def images_of(setting: Mapping[str, Any], clients: int) -> dict[int, int] | None:
+    """Training images of each of so many clients, by a run's setting; None where it does not say."""
+    images = {client: row["images"] for client, row in enumerate(setting.get("clients", []))}
+    return images if len(images) == clients and all(images.values()) else None
 
 
 def read_log(run_dir: Path, name: str) -> list[Row]:

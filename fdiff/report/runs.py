@@ -55,7 +55,7 @@ class Run:
     @property
     def images(self) -> dict[int, int] | None:
         """Training images of each client, if somebody wrote that down."""
-        return images_of(self.setting)
+        return images_of(self.setting, self.config.federation.clients)
 
     @property
     def seconds(self) -> dict[str, float]:
