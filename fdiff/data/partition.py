@@ -259,12 +259,12 @@ def _check_number(images: np.ndarray, clients: int, number: int, seed: int) -> N
     if clients * number >= classes:
         return
     more, others = -(-classes // clients), -(-classes // number)
-    remedies = [f"data.labels_per_client {more}"] if _works(images, clients, more, seed) else []
-    remedies += [f"{others} federation.clients"] if _works(images, others, number, seed) else []
+    remedies = {f"data.labels_per_client {more}": (clients, more), f"{others} federation.clients": (others, number)}
+    that_work = [remedy for remedy, (k, each) in remedies.items() if _works(images, k, each, seed)]
     raise UserError(
         f"data.partition: label-count with {clients} clients and data.labels_per_client {number} leaves the images of "
-        f"{classes - clients * number} of {classes} classes to nobody; use "
-        + (f"at least {' or '.join(remedies)}" if remedies else "a larger data.labels_per_client or more images")
+        f"{classes - clients * number} of {classes} classes to nobody; use {'' if that_work else 'more images, and '}"
+        f"at least {' or '.join(that_work or remedies)}"
     )
 
 
