@@ -34,12 +34,16 @@ def quiet(config: Config, clients: int, **run: Any) -> Config:
 
 @contextmanager
 def federation(
-    config: Config, comm: Communicator, device: torch.device, trains: bool = False
+    config: Config, comm: Communicator, device: torch.device, trains: bool = False, place: Any = None
 ) -> Iterator[Federation]:
-    """A started federation in a folder that is removed afterwards; its clients report at once unless it `trains`."""
+    """A started federation in a folder that is removed afterwards; its clients report at once unless it `trains`.
+
+    `place` says on which rank they are, if not as usual.
+    """
     with scratch(comm, config.run_dir.parent) as folder:
         config = replace(config, run=replace(config.run, dir=str(folder / "run")))
         idle = Federation(config, comm, device, Stop())
+        idle.place = place or idle.place
         before = logging.root.manager.disable
         logging.disable(logging.INFO)  # its line a round is nobody's business here
         try:

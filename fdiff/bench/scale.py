@@ -7,6 +7,7 @@ A tiny model, and two images a client, so that a round is what its clients cost 
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 
@@ -18,9 +19,11 @@ from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
 from fdiff.federation import Federation, memory_of_rank
+from fdiff.plan import idle_share, neighbours
 
 CLIENTS = (1, 2, 5, 10, 20, 50, 100)
 REPEATS, WARMUP = 3, 2
+UNEQUAL = 20  # clients of quantity-skew, beta 1
 
 
 def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
@@ -45,9 +48,32 @@ def run(config: Config, comm: Communicator, device: torch.device) -> list[Result
     results.append(compare(f"a client more a rank: {slope:.3g} ms, R²", [1 - unexplained], [1.0], "bound", ""))
     held, planned = measured[-1][1:]
     results.append(compare(f"host memory of {numbers[-1]} clients", [held / 1e6], [planned / 1e6], "bound", "MB"))
+    if comm.size > 1:
+        results.append(_placement(config, comm, device))
     if device.type == "cuda":
         results.append(_device_memory(config, numbers, comm, device))
     return results
+
+
+def _placement(config: Config, comm: Communicator, device: torch.device) -> Result:
+    """A round of unequal clients that are balanced over the ranks, beside one with neighbours on a rank."""
+    config = no_training.quiet(config, UNEQUAL)
+    data = replace(config.data, partition="quantity-skew", beta=1.0, limit=None)
+    config = replace(config, data=data, optim=replace(config.optim, batch_size=32))
+    places = {"neighbours": lambda config, ranks, images: neighbours(len(images), ranks), "balanced": None}
+    actions, waits = {}, {}
+    with ExitStack() as stack:
+        for name, place in places.items():
+            federation = stack.enter_context(no_training.federation(config, comm, device, trains=True, place=place))
+            numbers = count(1)
+            actions[name] = lambda federation=federation, numbers=numbers: federation.round(next(numbers))
+            rank = federation.rank
+            waits[name] = idle_share([range(UNEQUAL)], rank.images, rank.placement)
+        taken = in_turns(actions, comm, device, REPEATS, WARMUP)
+    told = f"ranks wait {waits['balanced']:.0%} of the time instead of {waits['neighbours']:.0%}"
+    milliseconds = {name: [1e3 * s for s in seconds] for name, seconds in taken.items()}
+    name = f"round, {UNEQUAL} unequal clients balanced over {comm.size} ranks; {told}"
+    return compare(name, milliseconds["balanced"], milliseconds["neighbours"], "baseline", "ms")
 
 
 def _measure(config: Config, clients: int, comm: Communicator, device: torch.device) -> tuple[list[float], int, int]:

@@ -77,7 +77,8 @@ def run(
     if config.federation.fraction < 1:
         print("N counts the selected clients only; the bytes count every rank, as each sum reaches all")
         if never := cost["never_selected"]:
-            print(f"{len(never)} of {total} clients are never selected{f': {_names(never)}' if len(never) <= 16 else ''}")
+            which = f": {_names(never)}" if len(never) <= 16 else ""
+            print(f"{len(never)} of {total} clients are never selected{which}")
     if bandwidth:
         print(_time(cost, bandwidth))
     placement = placement_for(config, ranks, images)
