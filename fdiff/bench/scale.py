@@ -23,7 +23,7 @@ from fdiff.plan import idle_share, neighbours
 
 CLIENTS = (1, 2, 5, 10, 20, 50, 100)
 REPEATS, WARMUP = 3, 2
-UNEQUAL = 20  # clients of quantity-skew, beta 1
+UNEQUAL = 8  # clients of quantity-skew, beta 1
 
 
 def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:

@@ -80,3 +80,20 @@ def test_growth_is_a_table_without_a_model(tmp_path: Path) -> None:
     assert len(lines) == 1 + 3 * 4 and lines[-1].split()[:3] == ["1000", "8", "udec"]
     refused = fdiff("plan", "--preset", "celeba", "--clients", "1,many", cwd=tmp_path)
     assert refused.status == 2 and "--clients: '1,many' is not valid; give numbers" in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("skew", ["label-skew --data.beta 0.5", "label-count --data.labels_per_client 2"])
+def test_many_skewed_clients_on_two_ranks_with_every_method(tmp_path: Path, skew: str) -> None:
+    many = ["--federation.clients", 20, "--data.limit", 1600, "--optim.batch_size", 64, "--federation.rounds", 2]
+    request = ["train", *TINY, *many, "--sample.every", 0, "--data.partition", *skew.split()]
+    for method, fraction in (("full", 0.1), ("usplit", 0.5), ("ulatdec", 1.0), ("udec", 0.3)):
+        more = ["--method", method, "--federation.fraction", fraction]
+        for rank in on_ranks(2, *request, *more, "--run.dir", method, cwd=tmp_path):
+            rank.check()
+        told = json.loads(fdiff("plan", *request[1:], *more, "--ranks", 2, "--json", cwd=tmp_path).check().out)
+        log = rows(tmp_path / method)
+        assert [row["wire_bytes"] for row in log] == [row["wire_bytes"] for row in told["rounds"]]
+        assert [row["communicated_parameters"] for row in log] == [row["parameters"] for row in told["rounds"]]
+        assert [row["reporters"] for row in log] == [row["reporters"] for row in told["rounds"]]
