@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,13 @@ def find(field: str, name: str) -> Any:
 
 
 def _installed(field: str) -> list[EntryPoint]:
-    return list(entry_points(group=FIELDS[field]))
+    return _points(FIELDS[field], tuple(sys.path))
+
+
+@lru_cache
+def _points(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
+    """The entry points of the packages on the path: looking for them takes milliseconds, and a plan asks often."""
+    return list(entry_points(group=group))
 
 
 def _load(field: str, name: str, module: str, attribute: str) -> Any:

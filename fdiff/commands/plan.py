@@ -147,10 +147,12 @@ def _names(clients: list[int]) -> str:
 
 def _compression(made: dict[str, Any], config: Config) -> str:
     bits = ", ".join(f"{part} {b:.2f}" for part, b in made["bits_per_value"].items())
-    lines = [f"{made['kind']}: bits a value: {bits}; {made['share_of_dense']:.3f} of the bytes without compression"]
+    share = made["share_of_dense"]
+    of_dense = "" if share is None else f"; {share:.3f} of the bytes without compression"
+    lines = [f"{made['kind']}: bits a value: {bits}{of_dense}"]
     if config.optim.ema and made["kind"] != "quantize":
         lines.append("moving averages travel whole: only quantize compresses them")
-    if made["share_of_dense"] >= 1:
+    if share is not None and share >= 1:
         lines.append("warning: this compression saves no bytes; use a smaller compression.fraction, or another kind")
     return "\n".join(lines)
 

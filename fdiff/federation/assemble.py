@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class RankSetup:
         """Whether each client has a model of its own."""
         return bool(self.host.trainer.private_parts)
 
-    @property
+    @cached_property
     def payload(self) -> Payload:
         """The bytes that stand for each part."""
         return payload_for(self.config.compression, self.host.trainer.buckets.layout, itemsize(self.config))

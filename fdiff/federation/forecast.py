@@ -133,14 +133,16 @@ def _idle(planned: Sequence[RoundPlan], images: Images, placement: Placement) ->
 
 
 def _compressed(config: Config, payload: Payload, first: RoundPlan, placement: Placement) -> dict[str, Any]:
-    """What compression makes of a value, in bits, of each part that the first round shares, and of the bytes on the
-    wire; nothing without it."""
+    """What compression makes of a value of each part that the first round shares, in bits, and of the bytes sent.
+
+    Nothing without it; no share where nothing is sent.
+    """
     if config.compression.kind == "none":
         return {}
     parts = {part: len(reporters) for part, reporters in first.reporters.items()}
     bits = {part: 8 * payload.of_one(part, r) / payload.sizes[part] for part, r in parts.items()}
     dense = wire_bytes(first, payload.sizes, placement, payload.itemsize)
-    share = bytes_by_purpose(first, config, payload, placement)["parameters"] / dense if dense else 1.0
+    share = bytes_by_purpose(first, config, payload, placement)["parameters"] / dense if dense else None
     return {"compression": {"kind": config.compression.kind, "bits_per_value": bits, "share_of_dense": share}}
 
 

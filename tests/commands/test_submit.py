@@ -228,6 +228,7 @@ def test_only_the_controller_is_signalled_and_not_who_took_its_place(monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # two minutes of waiting; arrays of sbatch are in tests/launch, each job of this one is as the others
 def test_an_array_trains_each_configuration(tmp_path):
     (tmp_path / "sweep").mkdir()
     for method in ("full", "udec"):

@@ -66,23 +66,23 @@ def test_sixteen_levels_take_these_shares_of_float32(reporters, share):
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("levels", [2, 3, 16])
 def test_the_sum_is_unbiased_and_its_variance_within_the_papers_bound(levels, rotate):
-    config, reporters, draws = CompressionConfig(kind="quantize", levels=levels, block=64, rotate=rotate), 3, 3000
+    config, reporters, draws = CompressionConfig(kind="quantize", levels=levels, block=64, rotate=rotate), 3, 400
     updates = [normal(150, seed=client) for client in range(reporters)]
     true = sum(updates)
     found = torch.stack([summed(config, updates, round) for round in range(draws)]).double()
     s = torch.stack(updates).abs().max() * (8 if rotate else 1)  # a rotated block's largest is at most √64 times that
     bound = reporters * s.double() ** 2 / (levels - 1) ** 2
-    assert (found.var(0) <= bound * 1.1).all()
+    assert (found.var(0) <= bound * 1.35).all()
     error = (found.mean(0) - true).abs() / (bound / draws).sqrt()
     assert error.max() < 5
 
 
 def test_the_bound_holds_in_each_block_by_its_own_scale():
-    config, draws = CompressionConfig(kind="quantize", levels=4, block=8), 2000
+    config, draws = CompressionConfig(kind="quantize", levels=4, block=8), 400
     update = torch.cat([normal(8) * size for size in (1e-6, 1, 1e6)])
     found = torch.stack([summed(config, [update], round) for round in range(draws)]).double()
     scale = update.view(3, 8).abs().amax(1).repeat_interleave(8).double()
-    assert (found.var(0) <= 1.1 * scale**2 / 9).all()
+    assert (found.var(0) <= 1.35 * scale**2 / 9).all()
     assert ((found.mean(0) - update).abs() <= 5 * (scale**2 / 9 / draws).sqrt()).all()
 
 
@@ -130,9 +130,9 @@ def test_rotating_helps_where_one_value_is_large():
 
 def test_random_positions_are_the_same_for_all_new_each_round_and_unbiased():
     config, updates = CompressionConfig(kind="random-k", fraction=0.1), [normal(200), normal(200, seed=1)]
-    found = torch.stack([summed(config, updates, round) for round in range(4000)])
+    found = torch.stack([summed(config, updates, round) for round in range(1000)])
     assert ((found != 0).sum(1) == 20).all() and not torch.equal(found[0] != 0, found[1] != 0)
-    deviation = (sum(updates) ** 2 * 9 / 4000).sqrt()
+    deviation = (sum(updates) ** 2 * 9 / 1000).sqrt()
     assert ((found.mean(0) - sum(updates)).abs() <= 5 * deviation + 1e-6).all()
     with_feedback = summed(CompressionConfig(kind="random-k", error_feedback=True), updates, keep=lambda c, sent: None)
     assert torch.allclose(with_feedback[with_feedback != 0], sum(updates)[with_feedback != 0])
