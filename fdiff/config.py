@@ -19,7 +19,7 @@ from fdiff import registry
 from fdiff.config_checks import is_option, nearest
 from fdiff.errors import UserError
 
-PARTS = ("encoder", "bottleneck", "decoder")
+PARTS = registry.PARTS
 """The parts of the models in `KINDS`, in order."""
 KINDS, DATASETS = registry.BUILT_IN["model.kind"], registry.BUILT_IN["data.dataset"]
 

@@ -6,8 +6,10 @@ A method is a table: part → who reports it. The four of FedDiffuse (arXiv 2406
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -102,6 +104,8 @@ def table_of(method: str, parts: Sequence[str] = PARTS) -> dict[str, Who]:
         table = dict.fromkeys(method.split("+"), everyone)
     if not isinstance(table, Mapping) or not table or not all(map(callable, table.values())):
         raise UserError(f"method: {method} is no table of parts and functions that say who reports them")
+    if ALL in table and len(table) > 1:
+        raise UserError(f"method: {method} has {ALL!r}, which is all parts, beside others; name each part, or none")
     if ALL in table:
         return dict.fromkeys(parts, table[ALL])
     if unknown := [str(part) for part in table if part not in parts]:
@@ -175,7 +179,7 @@ def plan_round(
     UserError if the method names a client that is not selected, or lets nobody report a part that it shares.
     """
     selected, stream = _select(clients, round, seed, fraction)
-    selection = Selection(round, selected, tuple(parts), images, stream)
+    selection = Selection(round, selected, tuple(parts), None if images is None else MappingProxyType(images), stream)
     table = table_of(method, parts)
     return RoundPlan(round, selected, {part: _ask(method, part, who, selection) for part, who in table.items()})
 
@@ -194,10 +198,10 @@ def _select(clients: int, round: int, seed: int, fraction: float) -> tuple[tuple
 def _ask(method: str, part: str, who: Who, selection: Selection) -> tuple[int, ...]:
     """The clients that report a part, sorted."""
     try:
-        reporters = tuple(sorted({int(client) for client in who(selection)}))
+        reporters = tuple(sorted({_client(client) for client in who(selection)}))
     except UserError:
         raise
-    except Exception as error:  # of somebody's function
+    except (Exception, SystemExit) as error:  # of somebody's function
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"method: {method} fails for the part {part} in round {selection.round} ({reason})") from None
     if not reporters:
@@ -208,6 +212,13 @@ def _ask(method: str, part: str, who: Who, selection: Selection) -> tuple[int, .
             f"{', '.join(map(str, selection.selected))} are selected"
         )
     return reporters
+
+
+def _client(value: object) -> int:
+    """A client's number; TypeError for what only looks like one: a mask, or a float."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{value} is no client's number")
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def is_first(clients: int, round: int, seed: int, fraction: float, client: int) -> bool:

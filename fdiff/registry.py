@@ -24,6 +24,7 @@ BUILT_IN = {
     "model.kind": ("unet",),
     "data.dataset": ("embedded", "fashion-mnist", "celeba", "cifar10", "folder", "silos"),
 }
+PARTS = ("encoder", "bottleneck", "decoder")  # of fdiff's own models, in order: methods that share them alone
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
 
@@ -47,9 +48,14 @@ def register_dataset(name: str, opener: Any) -> None:
 
 
 def _register(field: str, name: str, code: Any) -> None:
-    if not is_name(name) or name in BUILT_IN[field]:
+    if not _is_free(field, name):
         raise UserError(f"{field}: {name!r} cannot be registered; use letters, digits, - and _, and no name of fdiff's")
     _registered[field][name] = code
+
+
+def _is_free(field: str, name: str) -> bool:
+    """Whether somebody else may take the name."""
+    return is_name(name) and name not in BUILT_IN[field] and not (field == "method" and name in PARTS)
 
 
 def is_reference(name: str) -> bool:
@@ -74,7 +80,12 @@ def allowed(field: str) -> list[str]:
 
 def names(field: str) -> list[str]:
     """What is registered or installed for a field."""
-    return [*_registered[field], *(point.name for point in _installed(field))]
+    return [*_registered[field], *(point.name for point in _installed(field) if _is_free(field, point.name))]
+
+
+def is_code(field: str, name: str) -> bool:
+    """Whether it is none of fdiff's own, but somebody's code."""
+    return is_reference(name) or name in names(field)
 
 
 def check_name(field: str, name: str, also: str = "") -> None:
@@ -97,6 +108,8 @@ def find(field: str, name: str) -> Any:
             raise UserError(
                 f"{field}: {name!r} is code, which is loaded only where the command line names it; add --{field} {name}"
             )
+        if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+            sys.path.insert(0, here)  # as `python -m` has it
         return _load(field, name, *found.groups())
     if point := next((point for point in _installed(field) if point.name == name), None):
         return _load(field, point.value, point.module, point.attr)
@@ -114,8 +127,6 @@ def _points(group: str, path: tuple[str, ...]) -> list[EntryPoint]:
 
 
 def _load(field: str, name: str, module: str, attribute: str) -> Any:
-    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` has it
     try:
         found: Any = importlib.import_module(module)
         for step in attribute.split("."):

@@ -87,7 +87,12 @@ BROKEN = {
     "no table": (everyone, "is no table of parts and functions"),
     "no function": ({"decoder": [0, 1]}, "is no table of parts and functions"),
     "raises": ({"decoder": lambda s: 1 / 0}, r"fails for the part decoder in round 1 \(ZeroDivisionError"),
-    "no clients": ({"decoder": lambda s: ["x"]}, r"fails for the part decoder in round 1 \(ValueError"),
+    "a mask": ({"decoder": lambda s: [True, False]}, r"fails for the part decoder in round 1 \(TypeError: True is no"),
+    "floats": ({"decoder": lambda s: [0.9]}, r"fails for the part decoder in round 1 \(TypeError"),
+    "changes sizes": ({"decoder": lambda s: s.images.clear() or [0]}, "fails for the part decoder in round 1"),
+    "exits": ({"decoder": lambda s: exit("bye")}, r"fails for the part decoder in round 1 \(SystemExit: bye\)"),
+    "all and one": ({"*": everyone, "decoder": everyone}, "which is all parts, beside others"),
+    "no clients": ({"decoder": lambda s: ["x"]}, r"fails for the part decoder in round 1 \(TypeError"),
 }
 
 
@@ -96,7 +101,7 @@ def test_what_is_no_method_is_refused_in_one_line(case, register):
     table, told = BROKEN[case]
     register("mine", table)
     with pytest.raises(UserError, match=told) as refused:
-        plan_round("mine", 2, 1, 0)
+        plan_round("mine", 2, 1, 0, images={0: 3, 1: 4})
     assert "\n" not in str(refused.value)
 
 

@@ -149,19 +149,20 @@ def exchange_json(comm: Communicator, value: Any) -> list[Any]:
     return [json.loads(v) for v in comm.exchange(json.dumps(value).encode())]
 
 
-def agree(comm: Communicator, error: Exception | None = None, fact: int | None = None) -> None:
+def agree(comm: Communicator, error: Exception | None = None, facts: Mapping[str, Any] | None = None) -> None:
     """The vote before payload moves: every rank raises the same error, in one line, if any rank has one.
 
-    Interrupted if a signal is all that is amiss, UserError if all other errors are bad requests, else RunError. So also
-    if a rank has another checksum of the shared parts, its `fact`, than rank 0.
+    Interrupted if a signal is all that is amiss, UserError if all other errors are bad requests, else RunError: so also
+    if one of a rank's `facts`, of a name that rank 0 has too, is another than rank 0's.
     """
     ballot = None if error is None else [getattr(error, "status", 1), str(error)]
-    everyone = exchange_json(comm, [ballot, fact])
+    everyone = exchange_json(comm, [ballot, dict(facts or {})])
     ballots = [(status, text) for status, text in filter(None, (cast for cast, _ in everyone))]
-    if unlike := [str(rank) for rank, (_, theirs) in enumerate(everyone) if theirs != everyone[0][1]]:
-        which = f"rank{'s' * (len(unlike) > 1)} {', '.join(unlike)}"
-        text = f"the shared parts of {which} are no longer those of rank 0; use processors and libraries that are alike"
-        ballots.append((RunError.status, text))
+    for name, value in everyone[0][1].items():
+        if unlike := [str(rank) for rank, (_, theirs) in enumerate(everyone) if theirs.get(name, value) != value]:
+            which = f"rank{'s' * (len(unlike) > 1)} {', '.join(unlike)}"
+            remedy = "give all ranks the same code, processors and libraries"
+            ballots.append((RunError.status, f"{name}: {which} has another than rank 0; {remedy}"))
     if not ballots:
         return
     failures = [(status, text) for status, text in ballots if status < 128]

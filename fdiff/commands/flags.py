@@ -95,7 +95,7 @@ def parse(arguments: list[str]) -> Request:
     run = importlib.import_module(f"fdiff.commands.{name}").run
     parser = _parser(name, run)
     flags = _in_full(parser, flags)
-    _allow_code(flags)
+    _allow_code(flags, again=name in OPENS_RUNS)
     if not _takes(run, "config"):
         values = _parse_flags(parser, flags)
         return Request(name, run, _instantiate(run, {k: v for k, v in values.items() if k not in CODE_FLAGS}))
@@ -110,20 +110,18 @@ def parse(arguments: list[str]) -> Request:
         print(as_yaml(config), end="")
         sys.exit(0)
     for field in registry.FIELDS:  # better refused now than when the ranks have met
-        if (chosen := flat(to_dict(config))[field]) not in registry.BUILT_IN[field] and _is_code(field, chosen):
+        if registry.is_code(field, chosen := flat(to_dict(config))[field]):
             registry.find(field, chosen)
     return Request(name, run, {"config": config, **values})
 
 
-def _is_code(field: str, name: str) -> bool:
-    return registry.is_reference(name) or name in registry.names(field)
-
-
-def _allow_code(flags: Sequence[str]) -> None:
-    """Let the code be loaded that these flags name."""
-    for name, _, value in (flag.removeprefix("--").partition("=") for flag in flags):
+def _allow_code(flags: Sequence[str], again: bool) -> None:
+    """Let the code be loaded that these flags name, or name `again`: then they name nothing else. UserError."""
+    for name, _, value in (flag.removeprefix("--").partition("=") for flag in flags if flag.startswith("--")):
         if name in registry.FIELDS and registry.is_reference(value):
             registry.allow(name, value)
+        elif name in registry.FIELDS and again:
+            raise UserError(f"--{name}: {value!r} is not MODULE:NAME; only code has to be named again, so leave it out")
 
 
 def _options(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -206,11 +204,13 @@ def _in_full(parser: ArgumentParser, flags: list[str]) -> list[str]:
     while left:
         flag, equals, value = left.pop(0).partition("=")
         name = flag.removeprefix("--") if "." in flag else flag  # a field is named as everywhere
-        takes_word = flag.startswith(OPTION) or flag.removeprefix("--") in registry.FIELDS
+        takes_word = flag.startswith((OPTION, *(f"--{field}" for field in registry.FIELDS)))
         if takes_word and not equals and left and not left[0].startswith("--"):
             equals, value = "=", left.pop(0)
         if flag in GROUP_FLAGS:
             raise UserError(f"{flag}: is a group of fields; give each by itself: {parser.prog} --help lists them")
+        if flag == OPTION[:-1]:
+            raise UserError(f"{flag}: is a group of settings; give each by itself: {OPTION}NAME VALUE")
         if (kind := kinds.get(flag)) is None:
             words.append(flag + equals + value)
             continue

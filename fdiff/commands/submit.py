@@ -191,6 +191,9 @@ def _check(cluster: str, resources: dict[str, int], max_requeues: int) -> None:
 def _check_runs(configs: Sequence[Config], ranks: int, resume: bool) -> None:
     """What each job would only find out after it waited in the queue. UserError."""
     for config in configs:
+        for field in registry.FIELDS:  # a file of --array may not name code, nor may the job's own file
+            if registry.is_reference(name := flat(to_dict(config))[field]):
+                registry.find(field, name)
         folder = config.run_dir
         check_ranks(config, ranks)
         if not resume and folder.exists():
@@ -205,7 +208,7 @@ def _sweep(
     """The job of a sweep, which goes on with what its folder holds. UserError names what does not go with it."""
     if array is not None:
         raise UserError(f"--array: {array!r} does not go with --sweep, which is one job; submit each by itself")
-    code = _code(config)
+    code = tuple(f"--{field}={name}" for field in registry.FIELDS for name in registry.allowed(field))
     besides = {"run.dir", *(flag.partition("=")[0].removeprefix("--") for flag in code)}
     fields, plain = flat(to_dict(config)), flat(to_dict(Config()))
     if any(plain.get(n) != v for n, v in fields.items() if n not in besides and not n.startswith("runtime.")):

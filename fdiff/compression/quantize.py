@@ -109,6 +109,7 @@ def round_to_levels(values: Tensor, scales: Tensor, levels: int, noise: torch.Ge
     """
     exact = _exact(levels, values)
     per_value = torch.where(scales > 0, (levels - 1) / 2 / scales.to(exact), 0)[:, None]
+    per_value.clamp_(max=torch.finfo(exact).max)  # of a scale that is next to nothing
     few = levels <= FEW_LEVELS
     found = torch.empty(values.shape, dtype=torch.uint8 if few else exact, device=values.device)
     for rows, piece, factor in zip(found.split(ROWS), values.split(ROWS), per_value.split(ROWS), strict=True):

@@ -25,7 +25,7 @@ def list_split(split: Split, root: str | None) -> list[str]:
     """
     labels = f"labels, BLAKE3 {_labels(split)}"
     if not isinstance(split.images, list):
-        return [f"{len(split)} images, BLAKE3 {_digest(_pixels(split.images))}", labels]
+        return [f"{len(split)} images, BLAKE3 {_digest(_pixels(split.images, unfit=True))}", labels]
     return [f"{_name(path, root)}, {_size(path)} bytes" for path in split.images] + [labels]
 
 
@@ -58,8 +58,11 @@ def fingerprint(split: Split, root: str | None) -> dict[str, str]:
             "labels": _labels(split)}  # fmt: skip
 
 
-def _pixels(images: np.ndarray | OwnImages) -> Iterator[np.ndarray]:
-    """All images in memory, or so many of another set, in a fixed order, as make up WHOLE bytes."""
+def _pixels(images: np.ndarray | OwnImages, unfit: bool = False) -> Iterator[np.ndarray | bytes]:
+    """All images in memory, or so many of another set, in a fixed order, as make up WHOLE bytes.
+
+    UserError at one that is unfit, unless the rows of those are to be told instead.
+    """
     if isinstance(images, np.ndarray):
         yield images
         return
@@ -67,7 +70,14 @@ def _pixels(images: np.ndarray | OwnImages) -> Iterator[np.ndarray]:
     for row in np.random.RandomState(0).permutation(len(images)):
         if left <= 0:
             return
-        yield (image := images.image(row))
+        try:
+            image = images.image(row)
+        except UserError:
+            if not unfit:
+                raise
+            yield f"unfit {row}".encode()
+            continue
+        yield image
         left -= image.nbytes
 
 

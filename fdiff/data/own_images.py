@@ -33,7 +33,7 @@ class OwnImages:
         index = int(self._rows[row])
         try:
             image = np.asarray(self._images[index])
-        except Exception as error:  # of somebody's class
+        except (Exception, SystemExit) as error:  # of somebody's class
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"data.dataset: {self.name}, image {index} cannot be read ({reason})") from None
         if image.ndim == 2:
@@ -43,7 +43,7 @@ class OwnImages:
                 f"data.dataset: {self.name}, image {index} is {image.dtype} {image.shape}; it must be uint8 (H, W) or "
                 "(H, W, 3)"
             )
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
+        return np.array(image.transpose(2, 0, 1), order="C")  # of its own: the set's may be read-only
 
 
 def open_own(dataset: str, root: str | None, split: str) -> tuple[str, OwnImages, np.ndarray | None]:
@@ -55,7 +55,7 @@ def open_own(dataset: str, root: str | None, split: str) -> tuple[str, OwnImages
         labels = None if labels is None else np.asarray(labels)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"data.dataset: {dataset} cannot be opened for {split} ({reason})") from None
     if not count:

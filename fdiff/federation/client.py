@@ -66,8 +66,8 @@ class Trainer:
         parts, execution = tuple(part_sizes(layout_of(self.model))), config.runtime.execution
         self.shared_parts = shared_parts(config.method, parts)
         self.private_parts = private_parts(config.method, parts)
-        self._lay_out(config.runtime.layout)
         self.buckets = Buckets(self.model, self.shared_parts).to(device, self.dtype)
+        self._lay_out(config.runtime.layout)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
         if config.optim.ema:

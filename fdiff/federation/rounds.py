@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from fdiff import registry
 from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
 from fdiff.errors import Interrupted, RunError
@@ -23,7 +24,7 @@ from fdiff.federation.forecast import averages_ema, placement_for
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
-from fdiff.federation.same_code import check_same_code
+from fdiff.federation.same_code import check_same_code, checksum_of
 from fdiff.federation.sampling import draw_grid
 from fdiff.federation.voting import Votes, on_rank_0, together
 from fdiff.runtime import Stop, launcher
@@ -85,7 +86,10 @@ class Federation:
 
     def select(self, number: int) -> Round:
         """Every rank computes the same plan, without a message: which clients train, and who reports which part."""
-        plan, start = self.rank.plan(number), self.rank.start()
+        own = registry.is_code("method", self.config.method)  # which may fail, and on one rank only
+        plan = together(self.comm, lambda: self.rank.plan(number)) if own else self.rank.plan(number)
+        start = self.rank.start()
+        self.votes.facts[f"the plan of round {number}"] = checksum_of(plan)
         self._under_way = Round(plan, self.rank.aggregation(plan, self.rank.host.average, "parameters", start), start)
         return self._under_way
 
@@ -119,7 +123,7 @@ class Federation:
             round.averaging.finish(round.dropped)
             self.rank.step_server(round.start)
             self.rank.host.adopt_average()
-            self.votes.fact = self.rank.checksum_of_repeated()
+            self.votes.facts["the shared parts"] = self.rank.checksum_of_repeated()
         round.plan = round.plan.without(round.dropped)
 
     def evaluate(self, round: Round) -> None:
@@ -182,7 +186,7 @@ class Federation:
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)
         self._began_with = self._last
-        check_same_code(self.rank, trained=self._last > 0)
+        check_same_code(self.rank, self._last)
         together(self.comm, lambda: self.federator.begin(self._last, self.rank.setting, logs), "run folder")
         for note in self.rank.opened.notes:
             log.info("data: %s", note)

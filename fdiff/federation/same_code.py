@@ -22,19 +22,21 @@ SAMPLE = 64  # initial weights that are compared
 TOLERANCE = 1e-4  # of theirs: unlike processors draw normal numbers with unlike last bits
 
 
-def check_same_code(rank: RankSetup, trained: bool) -> None:
-    """UserError on every rank if they plan or hold different things; of a model that is `trained` the weights may be.
+def check_same_code(rank: RankSetup, last: int) -> None:
+    """UserError on every rank if they plan or hold different things; after round `last`, if it isn't 0, weights may be.
 
     Every rank calls it.
     """
-    buckets = rank.host.trainer.buckets
+    buckets, to_come = rank.host.trainer.buckets, range(last + 1, min(last + ROUNDS, rank.config.federation.rounds) + 1)
+    constants = [tensor.cpu().numpy().tobytes() for _, tensor in sorted(buckets.model.named_buffers())]
     facts = {
-        "the plan's checksum": checksum_of(together(rank.comm, lambda: [rank.plan(n) for n in range(1, ROUNDS + 1)])),
+        "the plan's checksum": checksum_of(together(rank.comm, lambda: [rank.plan(n) for n in to_come])),
         "the model's parameters": checksum_of([checkpoint.layout_table(buckets.layout), buckets.order]),
+        "the model's buffers": checksum_of(constants),
         "the frozen parameters": checkpoint.checksum(buckets.frozen.cpu().numpy())[:12],
     }
     at = torch.linspace(0, len(buckets.flat) - 1, SAMPLE, dtype=torch.float64).long()
-    initial = [] if trained else buckets.flat[at.to(buckets.flat.device)].cpu().tolist()
+    initial = [] if last else buckets.flat[at.to(buckets.flat.device)].cpu().tolist()
     everyone = exchange_json(rank.comm, [facts, initial])
     if differences := find_differences([told for told, _ in everyone]):
         raise _agreed(f"{'; '.join(differences)}; give all ranks the same files and the same fdiff")

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdiff import checkpoint, plan
+from fdiff import checkpoint, plan, registry
 from fdiff.checkpoint import Damaged, Examined
+from fdiff.config import KINDS as OWN_KINDS
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
 from fdiff.federation.compressed import kept_by_federation
@@ -67,6 +68,8 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
     try:
         config = from_dict(header["config"])
     except (UserError, TypeError, ValueError) as error:
+        if str(error).startswith(tuple(f"{field}: " for field in registry.FIELDS)):  # code that is not here: not damage
+            raise UserError(f"{file}: {error}") from None
         raise Damaged(f"{file}: its configuration is not valid ({error}); use the fdiff that made it") from error
     if type(header["round"]) is not int or header["round"] < 1:
         raise Damaged(f"{file}: says that it is of round {header['round']!r}; use another checkpoint")
@@ -76,6 +79,10 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
         raise Damaged(f"{file}: its fingerprints are no list of checksums; use another checkpoint")
     model = describe_model(config)
     layout, frozen = layout_of(model), layout_of(model, frozen=True)
+    if header["layout"] != checkpoint.layout_table(layout) and config.model.kind not in OWN_KINDS:
+        raise UserError(
+            f"model.kind: {config.model.kind} has other parameters than when {file} was made; give the code of then"
+        )
     if header["layout"] != checkpoint.layout_table(layout):
         raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")
     sizes = part_sizes(layout)

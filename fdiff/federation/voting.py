@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fdiff.comm import Communicator, agree, exchange_json
 from fdiff.errors import RunError, one_line
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 class Votes:
-    """The first error of this rank since the last vote, and a `fact` that all ranks ought to have alike."""
+    """The first error of this rank since the last vote, and `facts` that all ranks ought to have alike, by name."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self.error: Exception | None = None
-        self.fact: int | None = None
+        self.facts: dict[str, Any] = {}
 
     @contextmanager
     def keeping_errors(self, what: str = "") -> Iterator[None]:
@@ -39,10 +39,10 @@ class Votes:
     def vote(self) -> None:
         """The safe point before payload moves: if any rank has kept an error, all raise it.
 
-        RunError, on all, names the ranks whose fact is another than rank 0's: their shared parts are not the same.
+        RunError, on all, names the ranks of which a fact is another than rank 0's.
         """
-        (error, fact), self.error, self.fact = (self.error, self.fact), None, None
-        agree(self._comm, error, fact)
+        (error, facts), self.error, self.facts = (self.error, self.facts), None, {}
+        agree(self._comm, error, facts)
 
 
 def together(comm: Communicator, work: Callable[[], T], what: str = "") -> T:

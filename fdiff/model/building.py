@@ -48,7 +48,7 @@ def build_model(config: Config) -> nn.Module:
             model = build(config.data.shape, config.model, **options)
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of somebody's function
+        except (Exception, SystemExit) as error:  # of somebody's function
             if kind in BUILDERS:
                 raise
             raise UserError(f"model.kind: {kind} fails ({type(error).__name__}: {first_line(error)})") from None
@@ -93,12 +93,14 @@ def parts_of(config: Config) -> tuple[str, ...]:
 
 def check_forward(model: nn.Module, config: Config) -> None:
     """UserError unless the model predicts as much noise as an image has. Runs it once, with two images of zeros."""
-    x, t = torch.zeros(2, *config.data.shape), torch.zeros(2, dtype=torch.int64)
+    first = next(model.parameters())
+    x = torch.zeros(2, *config.data.shape, dtype=first.dtype, device=first.device)
+    t = torch.zeros(2, dtype=torch.int64, device=first.device)
     kind = config.model.kind
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             predicted = model(x, t, t if config.model.classes else None)
-    except Exception as error:  # of somebody's module
+    except (Exception, SystemExit) as error:  # of somebody's module
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"model.kind: {kind} fails on images of {config.data.shape} ({reason})") from None
     if not isinstance(predicted, torch.Tensor) or predicted.shape != x.shape:

@@ -21,6 +21,11 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
     UserError names the part or the parameter of a model that cannot be cut so.
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise _refused(f"the parameter {name} has no shape yet; use layers whose sizes are given")
+        if not parameter.is_floating_point():
+            raise _refused(f"the parameter {name} is {parameter.dtype}; use real floats, or a buffer for a constant")
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (first := names.setdefault(id(parameter), name)) != name:
@@ -40,7 +45,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         if not found[part]:
             raise _refused(f"the part {part} has no parameters; leave it out, or join it to another")
     if left := [name for name in names.values() if name not in part_of]:
-        raise _refused(f"the parameter {left[0]} is in no part; put its module into one")
+        raise _refused(f"the parameter {left[0]} is in no part; put its module, a submodule of the model, into one")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise _refused("all its parameters are frozen; there is nothing to train")
     _check_buffers(model)

@@ -92,6 +92,12 @@ def test_what_is_nothing_stays_exactly_nothing():
     assert (out[:64] == 0).all() and (out[64:] != 0).any()
 
 
+def test_a_block_next_to_nothing_is_no_nan():
+    update = torch.zeros(64)
+    update[3] = 1e-42
+    assert summed(CompressionConfig(kind="quantize", levels=300, block=64), [update]).isfinite().all()
+
+
 @pytest.mark.parametrize("levels", [2**16, 2**30])
 def test_many_levels_tend_to_no_compression(levels):
     updates = [normal(3000, seed=client) for client in range(4)]

@@ -115,6 +115,17 @@ def unlike(shape, model):
 """
 
 
+def test_a_file_of_an_array_may_not_name_code(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("open('loaded', 'w').close()\nm = {'decoder': lambda s: s.selected}\n")
+    (tmp_path / "one.yaml").write_text("method: evil:m\n")
+    local = ["submit", *TINY, "--cluster", "local", "--array", "one.yaml", "--log_dir", "logs"]
+    refused = fdiff(*local, cwd=tmp_path)
+    assert refused.status == 2 and "'evil:m' is code, which is loaded only where" in refused.err
+    whole = fdiff("train", *TINY, "--model.kind", "evil:m", "--model.options", "{}", cwd=tmp_path)
+    assert whole.status == 2 and "--model.options: is a group of settings; give each by itself" in whole.err
+    assert not (tmp_path / "loaded").exists()
+
+
 def test_what_is_frozen_is_kept_sent_nowhere_and_needs_no_file_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "frozen.py").write_text(FROZEN)
     (tmp_path / "weight").write_text("0.25")
@@ -144,6 +155,8 @@ from fdiff import everyone
 import frozen
 
 RANK = int(os.environ["RANK"])
+later = {"encoder": lambda selection: selection.selected[: 3 if selection.round < 5 or RANK else 2]}
+fails_later = {"encoder": lambda selection: selection.selected if selection.round < 5 or not RANK else {}[5]}
 one_each = {"encoder": lambda selection: [selection.selected[RANK]]}
 
 
@@ -170,6 +183,11 @@ def other_layout(shape, model):
             r"the frozen parameters: \w{12} on rank 0, \w{12} on rank 1; give all ranks",
         ),
         ("--model.kind ranks:other_layout", r"the model's parameters: \w{12} on rank 0"),
+        (
+            "--method ranks:later --federation.rounds 6",
+            r"the plan of round 5: rank 1 has another than rank 0",
+        ),
+        ("--method ranks:fails_later --federation.rounds 6", r"fails for the part encoder in round 5 \(KeyError: 5\)"),
         ("--model.kind frozen:unlike", r"rank 1 has other initial weights than rank 0; draw them from torch's own"),
     ],
 )
@@ -177,5 +195,5 @@ def test_ranks_that_see_different_code_are_told(tmp_path: Path, flags: str, told
     (tmp_path / "frozen.py").write_text(FROZEN)
     (tmp_path / "ranks.py").write_text(RANKS)
     job = Job(["train", *TINY, "--run.dir", "run", "--runtime.timeout_s", 20, *flags.split()], 2, tmp_path)
-    assert job.wait(60) and job.statuses() == [2, 2], job.said()
+    assert job.wait(60) and job.statuses() == [1 if "the plan of" in told else 2] * 2, job.said()
     assert len(job.errors()) == 1 and re.search(told, job.errors()[0]), job.said()

@@ -82,7 +82,14 @@ def steps_taken(config: cfg.Config, monkeypatch: pytest.MonkeyPatch) -> int:
 EVERYTHING = {"method": "udec", "optim__ema": 0.9, "federation__keep_optimizer": True, "run__keep_local": True}
 
 
-@pytest.mark.parametrize("changes", [EVERYTHING, {"method": "usplit", "federation__on_client_failure": "drop"}, {}])
+COMPRESSED = {
+    "method": "usplit", "compression__kind": "quantize", "compression__error_feedback": True, "optim__ema": 0.9,
+    "federation__server": "adam", "federation__on_client_failure": "drop",
+}  # fmt: skip
+DROPPING = {"method": "usplit", "federation__on_client_failure": "drop"}
+
+
+@pytest.mark.parametrize("changes", [EVERYTHING, DROPPING, COMPRESSED, {}])
 @pytest.mark.parametrize("reduction", ["ordered", "fast"])
 def test_stopped_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, changes, reduction):
     """Each start has one client trained, and is stopped within the next."""

@@ -104,4 +104,4 @@ def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray])
     """The largest ‖a - b‖ / ‖b‖ of any dataset of parameters; the two must hold the same datasets."""
     assert a.keys() == b.keys() and a
     pairs = [(a[n].astype(float), b[n].astype(float)) for n in a if "samples" not in n]
-    return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
+    return max(float(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1)) for x, y in pairs)

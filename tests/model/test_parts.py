@@ -46,6 +46,7 @@ def put(name: str, module: nn.Module, part: str | None = None):
     return change
 
 
+WHOLE = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
 CASES = {
     "no parts": (lambda net: delattr(net, "parts"), "it has no attribute parts"),
     "empty parts": (lambda net: setattr(net, "parts", {}), "it has no attribute parts"),
@@ -60,6 +61,11 @@ CASES = {
     "a name like a path": (lambda net: net.parts.update({"x/y": [net.a]}), "'x/y' is no name of a part"),
     "a name of a method": (lambda net: net.parts.update(full=net.parts.pop("first")), "'full' is no name"),
     "no list": (lambda net: net.parts.update(first=net.a), "the part first is no list of submodules"),
+    "whole numbers": (
+        put("n", nn.ParameterList([WHOLE])),
+        "n.0 is torch.int64",
+    ),
+    "no shape yet": (put("c", nn.LazyLinear(3), "third"), "the parameter c.weight has no shape yet"),
     "nothing to train": (lambda net: net.requires_grad_(False), "all its parameters are frozen"),
 }
 
@@ -170,6 +176,6 @@ def test_options_are_for_models_of_ones_own():
 def test_names_of_fdiffs_own_cannot_be_registered():
     functions = fdiff.register_method, fdiff.register_model, fdiff.register_dataset
     for field, register in zip(BUILT_IN, functions, strict=True):
-        for name in (*BUILT_IN[field], "a+b", "a:b", "", "a b"):
+        for name in (*BUILT_IN[field], "a+b", "a:b", "", "a b", *(PARTS if field == "method" else ())):
             with pytest.raises(UserError, match="cannot be registered"):
                 register(name, Net)
