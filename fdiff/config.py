@@ -43,7 +43,7 @@ class FederationConfig:
     server: Literal["average", "momentum", "adam", "yogi"] = "average"
     """What becomes of the averaged update of the shared parts: taken as it is, or a step of an optimizer (FedOpt)."""
     server_lr: float | None = None
-    """The server optimizer's learning rate; by default 1 for momentum, 0.003 for adam and yogi."""
+    """The server optimizer's learning rate; by default 1 for momentum, 0.01 for adam and yogi."""
     server_beta1: float = 0.9
     """Decay of its mean of updates."""
     server_beta2: float = 0.99
