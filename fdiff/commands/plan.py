@@ -46,6 +46,10 @@ def run(
         bandwidth: Bandwidth of each rank's link in Mbit/s, to say how long the collectives take.
     """
     if clients is not None:
+        if json or bandwidth is not None:
+            raise UserError("--clients: is a table of its own; leave out --json and --bandwidth")
+        if ranks is not None and ranks < 1:
+            raise UserError(f"--ranks: {ranks} is not valid; it must be at least 1")
         print(_growth(_with_image_shape(config), _counts(clients), ranks))
         return
     total = config.federation.clients

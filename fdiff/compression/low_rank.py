@@ -82,7 +82,7 @@ class _Factored:
                     self._matrices.append((where, shape, q_of[slot.name]))
                 else:
                     dense.append(torch.arange(where.start, where.stop))
-        self._dense = torch.cat(dense).to(share.out.device) if dense else torch.empty(0, dtype=torch.int64)
+        self._dense = torch.cat([torch.empty(0, dtype=torch.int64), *dense]).to(share.out.device)
         self._p: list[Tensor] = []
 
     def first_terms(self) -> list[Tensor]:
@@ -95,7 +95,7 @@ class _Factored:
 
     def _first(self, update: Tensor) -> Tensor:
         products = [(update[where].view(shape) @ q).reshape(-1) for where, shape, q in self._matrices]
-        return torch.cat([*products, update[self._dense.to(update.device)]])
+        return torch.cat([*products, update[self._dense]])
 
     def take_first(self, summed: Tensor) -> None:
         """P̂ of each matrix; what is dense is done."""
@@ -103,7 +103,7 @@ class _Factored:
         *products, dense = summed.split([*sizes, len(self._dense)])
         shapes = [shape for _, shape, _ in self._matrices]
         self._p = [torch.linalg.qr(p.view(n, self._rank))[0] for p, (n, _) in zip(products, shapes, strict=True)]
-        self.share.out[self._dense.to(self.share.out.device)] = dense
+        self.share.out[self._dense] = dense
 
     def second_terms(self) -> list[Tensor]:
         """Of each hosted client M_kᵀ P̂ of all matrices; what goes through is kept, if anybody wants to know."""

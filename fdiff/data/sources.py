@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,11 +107,11 @@ class ArraySource(_Base):
         return (block.numpy().tobytes() for block in self._images.split(BLOCK))
 
 
-class _OneByOne(_Base):
+class _OneByOne(_Base, ABC):
     decodes = True
 
-    def image(self, index: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def image(self, index: int) -> Tensor: ...
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)

@@ -72,7 +72,8 @@ class CompressedAggregation:
     def _share(self, parts: tuple[str, ...], clients: tuple[int, ...], total: Tensor, comm: Communicator) -> Share:
         span = slice(self._slices[parts[0]].start, self._slices[parts[-1]].stop)
         inside = {p: slice(self._slices[p].start - span.start, self._slices[p].stop - span.start) for p in parts}
-        weights = {client: self._weights[client] / sum(self._weights[c] for c in clients) for client in clients}
+        whole = sum(self._weights[client] for client in clients)
+        weights = {client: self._weights[client] / whole for client in clients}
         hosts = {client: self._placement[client] for client in clients}
         for client in (c for c, rank in hosts.items() if rank == comm.rank):
             mine = self._updates[client][span]

@@ -80,6 +80,9 @@ def test_growth_is_a_table_without_a_model(tmp_path: Path) -> None:
     assert len(lines) == 1 + 3 * 4 and lines[-1].split()[:3] == ["1000", "8", "udec"]
     refused = fdiff("plan", "--preset", "celeba", "--clients", "1,many", cwd=tmp_path)
     assert refused.status == 2 and "--clients: '1,many' is not valid; give numbers" in refused.err
+    for more in (["--ranks", -1], ["--json"]):
+        refused = fdiff("plan", "--preset", "celeba", "--clients", "1,10", *more, cwd=tmp_path)
+        assert refused.status == 2 and refused.err.count("\n") == 1
 
 
 @pytest.mark.slow
