@@ -94,12 +94,12 @@ def _compression(federation: Federation) -> dict[str, Callable[[], object]]:
         return {}
     host, client = rank.host, rank.host.clients[0].index
     plan = RoundPlan(1, (client,), dict.fromkeys(host.slices, (client,)))
-    alone = replace(rank, comm=SoloCommunicator())
-    out, update = host.shared.clone(), torch.randn_like(host.shared).mul_(1e-3)
+    alone = replace(rank, comm=SoloCommunicator(), placement=(0,) * len(rank.placement))
+    start, out, update = host.start(), host.shared.clone(), torch.randn_like(host.shared).mul_(1e-3)
 
     def encode_and_decode() -> None:
-        averaging = alone.aggregation(plan, out, "parameters")
-        averaging.add(client, host.shared + update)
+        averaging = alone.aggregation(plan, out, "parameters", start)
+        averaging.add(client, start + update)
         averaging.finish()
 
     return {"compression": encode_and_decode}

@@ -11,10 +11,10 @@ import torch
 from jobs import fdiff, on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fdiff.bench import checkpoint, measure, roofline, round, scale
+from fdiff.bench import checkpoint, measure, no_training, roofline, round, scale
 from fdiff.bench.measure import compare, in_turns
 from fdiff.comm import SoloCommunicator
-from fdiff.config import Config, OptimConfig
+from fdiff.config import CompressionConfig, Config, OptimConfig
 from fdiff.data import Shard, open_source
 from fdiff.federation.client import Client, Trainer
 from fdiff.model import diffusion
@@ -43,6 +43,17 @@ class Ops(TorchDispatchMode):
 def test_a_result_is_a_median_and_a_spread_beside_a_median():
     row = compare("x", [1.0, 2.0, 3.0, 4.0, 10.0], [1.5, 2.5], "bound", "ms").as_json()
     assert row == {"name": "x", "ours": 3.0, "bound": 2.0, "ratio": 1.5, "unit": "ms", "median": 3.0, "spread": 2.0}
+
+
+@pytest.mark.parametrize("number", [0, 1])  # of the rank, if there were two
+def test_what_compression_costs_a_rank_is_a_part_of_the_round(tmp_path, number):
+    run = replace(mini().run, dir=str(tmp_path / "run"))
+    config = replace(mini(), compression=CompressionConfig(kind="quantize"), run=run)
+    with no_training.federation(no_training.quiet(config, 2), SoloCommunicator(), CPU) as federation:
+        federation.rank = replace(federation.rank, placement=(number, number))
+        before = federation.rank.host.shared.clone()
+        round._compression(federation)["compression"]()
+        assert torch.equal(federation.rank.host.shared, before)
 
 
 def test_actions_take_turns_and_each_is_first_once():
