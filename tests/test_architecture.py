@@ -20,6 +20,7 @@ FLOORS = [
     {"comm", "checkpoint", "data", "plan", "config_file"},
     {"runtime", "model", "presets"},
     {"config"},
+    {"config_limits"},
     {"config_checks"},
     {"registry"},
     {"errors", "seeds"},
