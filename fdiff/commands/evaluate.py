@@ -132,8 +132,7 @@ def _table(saved: Saved, rows: list[Row]) -> str:
             found = summaries(of_kind)
             for fact, title in SUMMARY.items():
                 cells.append([title, *(_cell(found[n][fact]) if n in found else "" for n in names)])
-    before = ", before the average" if rows[0]["local"] else ""
-    return "\n".join([f"{saved.path}: round {saved.round}{before}", described(rows[0]), "", *_aligned(cells)])
+    return "\n".join([f"{saved.path}: round {saved.round}", described(rows[0]), "", *_aligned(cells)])
 
 
 def _kinds(rows: list[Row]) -> list[tuple[bool, list[Row]]]:

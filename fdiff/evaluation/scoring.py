@@ -276,7 +276,8 @@ def summaries(rows: Sequence[Row]) -> dict[str, dict[str, float | int]]:
 def described(facts: Mapping[str, Any]) -> str:
     """What must be said beside a score, in a line; `facts` as the rows of `Scoring.score` have them."""
     resized = f", images resized from {facts['resized_from']} pixels" if facts.get("resized_from") else ""
+    before = ", before the average" if facts.get("local") else ""
     return (
-        f"{facts['n']} images a model ({facts['sampler']}, {facts['steps']} steps) against {facts['n_real']} of "
-        f"{facts['split']}; extractor {facts['extractor']} {facts['checksum'][:12]}{resized}"
+        f"{facts['n']} images a model{before} ({facts['sampler']}, {facts['steps']} steps) against "
+        f"{facts['n_real']} of {facts['split']}; extractor {facts['extractor']} {facts['checksum'][:12]}{resized}"
     )

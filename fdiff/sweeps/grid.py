@@ -7,8 +7,11 @@
       federation.clients: [5, 10]
     score: {images: 200, sampler: ddim, steps: 20, rounds: [1, 5]}
 
-`score.rounds` are the rounds that are scored, by default the last one. Where and how it runs, the group `runtime`, is
-not the file's: it comes with the call, and is the same for all runs.
+A value of a group, like `model: [{bottleneck_blocks: 1}, {}]`, is several fields at once. `score.rounds` are the rounds
+that are scored, by default the last one. With `score.local` the models of clients with private parts are scored as they
+were before the last average, as the paper did. `score.total_images` are drawn of all models of a run together, in place
+of `score.images` of each. Where and how it runs, the group `runtime`, is not the file's: it comes with the call, and is
+the same for all runs.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from blake3 import blake3
 from fdiff.config import Config, RuntimeConfig, from_dict, to_dict
 from fdiff.config_file import lay_over, read_fields
 from fdiff.errors import UserError
-from fdiff.evaluation import DISTANCES, default_extractor, sampling_config
+from fdiff.evaluation import DISTANCES, default_extractor, models_of, sampling_config
+from fdiff.federation import private_parts
 from fdiff.presets import preset
 
 SHIPPED = Path(__file__).parent
@@ -49,6 +53,8 @@ class Score:
     """How the runs are scored; None leaves the choice as `fdiff evaluate` does. `rounds`: by default the last."""
 
     images: int | None = None
+    total_images: int | None = None
+    local: bool = False
     sampler: str | None = None
     steps: int | None = None
     batch_size: int | None = None
@@ -58,6 +64,14 @@ class Score:
     def sampling(self, config: Config) -> Config:
         """The configuration of a run as its images are drawn to be scored. UserError if that cannot be."""
         return sampling_config(config, sampler=self.sampler, steps=self.steps, batch_size=self.batch_size)
+
+    def is_local(self, config: Config) -> bool:
+        """Whether the models of a run are scored before the average: those of clients that keep private parts."""
+        return self.local and bool(private_parts(config))
+
+    def images_of(self, config: Config) -> int | None:
+        """Images that are drawn of each model of a run; None: as many as the test split has, at most 10,000."""
+        return self.images if self.total_images is None else max(1, self.total_images // len(models_of(config)))
 
     def extractor_of(self, config: Config) -> str:
         """The name of the extractor."""
@@ -154,14 +168,23 @@ def _cell(base: Mapping[str, Any], point: Mapping[str, Any], score: Score, out: 
     _check_scored(name, config, score.rounds)
     score.sampling(config)  # better refused now than when the training is done
     kept = max(config.run.keep_checkpoints, config.federation.rounds if score.rounds else 0)
-    return Cell(name, replace(config, run=replace(config.run, dir=str(out / name), keep_checkpoints=kept)), point)
+    local = config.run.keep_local or score.is_local(config)
+    run = replace(config.run, dir=str(out / name), keep_checkpoints=kept, keep_local=local)
+    return Cell(name, replace(config, run=run), point)
 
 
 def _name(point: Mapping[str, Any]) -> str:
     """The name of a combination, and of its folder, which lies nowhere else and is no other one's."""
-    name = "_".join(f"{field.rpartition('.')[2]}-{value}" for field, value in point.items())
+    name = "_".join(f"{field.rpartition('.')[2]}-{told(value)}" for field, value in point.items())
     plain = re.sub(r"[^\w.,+=\[\] -]", "-", name)[:MAX_NAME]
     return name if plain == name else f"{plain}-{blake3(name.encode()).hexdigest()[:8]}"
+
+
+def told(value: Any) -> str:
+    """A value of the grid as names and tables have it: several fields as `a=1,b=2`, none as `default`."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={told(v)}" for name, v in value.items()) or "default"
+    return str(value)
 
 
 def _check_scored(name: str, config: Config, rounds: Sequence[int]) -> None:
@@ -187,9 +210,14 @@ def _score(given: Any) -> Score:
     known = list(Score.__dataclass_fields__)
     if not isinstance(given, dict) or set(given) - set(known):
         raise UserError(f"score: {given!r} is not valid; it may have {', '.join(known)}")
-    images, extractor, rounds = given.get("images"), given.get("extractor"), given.get("rounds", [])
-    if not (images is None or _positive(images)):
-        raise UserError(f"score.images: {images!r} is not valid; it must be a whole number, at least 1")
+    extractor, rounds, local = given.get("extractor"), given.get("rounds", []), given.get("local", False)
+    for key in ("images", "total_images"):
+        if not (given.get(key) is None or _positive(given[key])):
+            raise UserError(f"score.{key}: {given[key]!r} is not valid; it must be a whole number, at least 1")
+    if given.get("images") is not None and given.get("total_images") is not None:
+        raise UserError("score.total_images: is not valid beside score.images; give one of them")
+    if not isinstance(local, bool):
+        raise UserError(f"score.local: {local!r} is not valid; it must be true or false")
     if extractor not in (None, *DISTANCES):
         raise UserError(f"score.extractor: {extractor!r} is not valid; choose one of {', '.join(DISTANCES)}")
     if not (isinstance(rounds, list) and all(map(_positive, rounds))):

@@ -29,7 +29,7 @@ from fdiff.sweeps.grid import Cell, Score, Sweep
 class Result:
     """A line of the table: a cell after a round. `deviation` and `worst` are None where all share one model.
 
-    `varied` has the fields of the grid that no other column shows; `n` to `resized_from` are what a score is stored
+    `varied` has the fields of the grid that no other column shows; `local` to `resized_from` are what a score is stored
     with. `saving` is of the rounds so far, as N is.
     """
 
@@ -45,6 +45,7 @@ class Result:
     score: float
     deviation: float | None
     worst: float | None
+    local: bool
     n: int
     n_real: int
     split: str
@@ -60,7 +61,7 @@ class Result:
 
 
 SHOWN = ("method", "data.partition", "federation.clients", "federation.local_epochs")  # fields with a column
-FACTS = ("n", "n_real", "split", "sampler", "steps", "extractor", "checksum", "resized_from")
+FACTS = ("local", "n", "n_real", "split", "sampler", "steps", "extractor", "checksum", "resized_from")
 
 
 def check_same(config: Config) -> None:
@@ -91,8 +92,17 @@ def missing(sweep: Sweep, cell: Cell) -> list[tuple[int, bool, list[Model]]]:
     for round in sweep.rounds(cell):
         for ema in _kinds(cell.config):
             scored = {row["client"] for row in _rows(sweep.score, cell.config, round, ema)}
-            found.append((round, ema, [model for model in models_of(cell.config) if model not in scored]))
+            models = _models(sweep.score, cell.config, round)
+            found.append((round, ema, [model for model in models if model not in scored]))
     return [(round, ema, models) for round, ema, models in found if models]
+
+
+def _models(wanted: Score, config: Config, round: int) -> list[Model]:
+    """The models that are scored after a round; before its average only clients that trained in it have one."""
+    if not wanted.is_local(config):
+        return models_of(config)
+    row = next((r for r in read_log(config.run_dir, "rounds") if r["round"] == round), None)
+    return [c for c in row["selected"] if str(c) not in row["dropped"]] if row else models_of(config)
 
 
 def result(sweep: Sweep, cell: Cell) -> list[Result]:
@@ -108,7 +118,7 @@ def result(sweep: Sweep, cell: Cell) -> list[Result]:
     for round in sweep.rounds(cell):
         for ema in _kinds(config):
             rows = _rows(sweep.score, config, round, ema)
-            if len(rows) == len(models_of(config)):
+            if len(rows) == len(_models(sweep.score, config, round)):
                 found.append(_line(cell, rows, [r for r in log if r["round"] <= round]))
     return found
 
@@ -129,8 +139,8 @@ def _is_as_wanted(row: Row, wanted: Score, config: Config) -> bool:
     """Whether a row is of scores as they are wanted."""
     sampling = wanted.sampling(config)
     expected = {
-        "local": False,
-        "n": wanted.images or images_by_default(row["n_real"]),
+        "local": wanted.is_local(config),
+        "n": wanted.images_of(config) or images_by_default(row["n_real"]),
         "sampler": sampling.sample.sampler,
         "steps": steps_of(sampling),
         "extractor": wanted.extractor_of(config),

@@ -75,7 +75,7 @@ def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device
     checked = set()
     for cell in sweep.cells:
         config = cell.config
-        what = (config.data, config.federation.clients)
+        what = (config.data, config.federation.clients, sweep.score.images_of(config))
         if what in checked:
             continue
         if on_rank_0(comm, lambda cell=cell: _seems_complete(sweep, cell)):
@@ -83,7 +83,7 @@ def check_before_training(sweep: Sweep, comm: Communicator, device: torch.device
         checked.add(what)
         with _naming(cell):
             together(comm, lambda config=config: check_ranks(config, comm.size))
-            Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score), cache)
+            Scoring(comm, device, sweep.score.sampling(config), _request(sweep.score, config), cache)
 
 
 @contextmanager
@@ -104,8 +104,8 @@ def _seems_complete(sweep: Sweep, cell: Cell) -> bool:
         return False
 
 
-def _request(wanted: Score) -> ScoringRequest:
-    return ScoringRequest(wanted.images, wanted.extractor, metrics=("frechet",))
+def _request(wanted: Score, config: Config) -> ScoringRequest:
+    return ScoringRequest(wanted.images_of(config), wanted.extractor, metrics=("frechet",))
 
 
 def _rounds_written(config: Config) -> bool:
@@ -129,9 +129,9 @@ def _score(
     stop: Stop,
 ) -> None:
     """Score these models, and append the rows of each to the run's log when it is done."""
-    scoring = Scoring(comm, device, wanted.sampling(config), _request(wanted), cache)
+    scoring = Scoring(comm, device, wanted.sampling(config), _request(wanted, config), cache)
     for round, ema, models in lacking:
         path = checkpoint.root(config.run_dir) / checkpoint.generation_name(round)
         saved = together(comm, lambda path=path: open_checkpoint(path))
-        for rows in scoring.score(saved, ema, models=models, check=stop.check):
+        for rows in scoring.score(saved, ema, local=wanted.is_local(config), models=models, check=stop.check):
             together(comm, lambda rows=rows: append_jsonl(config.run_dir / "scores.jsonl", rows) if rows else None)

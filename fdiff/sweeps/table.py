@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from fdiff.evaluation import described
+from fdiff.sweeps.grid import told
 from fdiff.sweeps.results import Result
 
 BEFORE = ("method", "partition")
@@ -36,7 +37,7 @@ def as_csv(results: Sequence[Result]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(result) | result.varied for result in results)
+    writer.writerows(asdict(r) | {field: told(value) for field, value in r.varied.items()} for r in results)
     return text.getvalue()
 
 
@@ -67,7 +68,7 @@ def _cells(result: Result, varied: Sequence[str]) -> tuple[str, ...]:
     return (
         result.method + (" (average)" if result.ema else ""),
         result.partition,
-        *(str(result.varied.get(field, "")) for field in varied),
+        *(told(result.varied.get(field, "")) for field in varied),
         str(result.clients),
         str(result.local_epochs),
         str(result.round),

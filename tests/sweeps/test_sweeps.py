@@ -163,8 +163,9 @@ def test_a_name_that_does_not_exist_is_answered_with_those_that_do():
 
 LINE = Result(
     cell="a", method="udec", partition="label-skew", clients=5, local_epochs=2, varied={}, round=15, metric="fd_fmnist",
-    ema=False, score=70.24, deviation=28.31, worst=120.5, n=100, n_real=500, split="the test split", sampler="ddim",
-    steps=20, extractor="fmnist-cnn", checksum="0123456789abcdef", resized_from=16, communicated_parameters=1_234_567,
+    ema=False, score=70.24, deviation=28.31, worst=120.5, local=False, n=100, n_real=500, split="the test split",
+    sampler="ddim", steps=20, extractor="fmnist-cnn", checksum="0123456789abcdef", resized_from=16,
+    communicated_parameters=1_234_567,
     saving=0.736, wire_bytes=5_000_000, seconds=61.2,
 )  # fmt: skip
 
