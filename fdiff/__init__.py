@@ -1,35 +1,42 @@
-"""fdiff: FedDiffuse (arXiv 2406.12575) on many ranks: one DDPM, K clients, four ways to share it, and your own."""
+"""fdiff: FedDiffuse (arXiv 2406.12575) on many ranks: one DDPM, K clients, four ways to share it, and your own.
+
+What `__all__` lists is for everyone; all other names are fdiff's own and may change.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from fdiff.errors import RunError, UserError
 from fdiff.registry import register_dataset, register_method, register_model
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from fdiff.config import Config
+    from fdiff.api import Run, load_config, load_model, open_run, train
+    from fdiff.plan import everyone
 
 __version__ = "0.1.0"
-
-
-def load_model(path: Path, kind: str | None = None) -> tuple[nn.Module, Config]:
-    """The model in a file of `fdiff export`, on the CPU in the precision it was saved in, and its run's configuration.
-
-    A model that is code, MODULE:NAME, is loaded only where `kind` names it again. UserError if the file is not an
-    export, or does not hold the model that it describes.
-    """
-    from fdiff.federation import load_model as load  # here, so that `import fdiff` does not take as long as torch
-
-    return load(path, kind)
+__all__ = [
+    "Run",
+    "RunError",
+    "UserError",
+    "everyone",
+    "load_config",
+    "load_model",
+    "open_run",
+    "register_dataset",
+    "register_method",
+    "register_model",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`everyone`, for methods of one's own; later, since it imports torch."""
-    if name == "everyone":
-        from fdiff.plan import everyone
+    """The names of `__all__` that need torch, when they are asked for: importing fdiff alone takes no time."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fdiff.plan" if name == "everyone" else "fdiff.api"), name)
 
-        return everyone
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fdiff"
 # From the top. A room imports from lower floors only; a module that lies flat in the package is a room of its own.
 FLOORS = [
     {"__main__"},
-    {"commands"},
+    {"commands", "api"},
     {"sweeps", "report"},
     {"bench", "evaluation"},
     {"federation"},

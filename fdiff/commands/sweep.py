@@ -23,7 +23,13 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    file: Path, runtime: RuntimeConfig, comm: Communicator, device: torch.device, *, out: Path | None = None
+    file: Path,
+    runtime: RuntimeConfig,
+    comm: Communicator,
+    device: torch.device,
+    *,
+    out: Path | None = None,
+    plan: bool = False,
 ) -> None:
     """Run a sweep.
 
@@ -31,11 +37,15 @@ def run(
         file: The YAML file, or the name of one that ships with fdiff, e.g. mini-methods.
         runtime: Where and how it runs.
         out: Folder of the runs and of table.txt, table.csv and table.tex; by default runs/NAME of the file.
+        plan: Train nothing: print what each run will take, in images, sampling steps, N and bytes.
     """
     path = together(comm, lambda: sweeps.find(str(file)))
     folder = out or Path("runs") / path.stem
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     sweep = sweeps.with_image_shapes(sweep, comm)
+    if plan:
+        on_rank_0(comm, lambda: print(sweeps.costs_table(sweep), flush=True))
+        return
     failed: dict[str, str] = {}
     cache = cache_folder("features")
     with heeding_signals(launcher.started_by()) as stop:

@@ -1,4 +1,4 @@
-"""Sweeps: what a file means, that complete runs are skipped and interrupted ones go on, and the table."""
+"""Sweeps: that complete runs are skipped and interrupted ones go on, and the table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from jobs import ROOT, clean_env, in_turn, rows
 from launchers import PYTHON, rounds, started, wait_for
 from progress_bars import recorded
+from tiny_sweep import ALONE, LINE, TINY, sweep_file
 
 from fdiff.comm import SoloCommunicator
 from fdiff.commands import sweep as command
@@ -26,148 +26,9 @@ from fdiff.config import RuntimeConfig
 from fdiff.errors import Interrupted, RunError, UserError
 from fdiff.federation.logs import append_jsonl
 from fdiff.runtime.signals import Stop
-from fdiff.sweeps import Result, as_csv, as_latex, as_text, bring_to_end, find, read, result, running
-from fdiff.sweeps.grid import SHIPPED
+from fdiff.sweeps import as_csv, as_latex, as_text, bring_to_end, read, result, running
 
-CPU, ALONE = torch.device("cpu"), RuntimeConfig(threads=1)
-
-TINY = {
-    "federation": {"rounds": 2, "local_epochs": 1},
-    "data": {"limit": 64, "image_side": 8, "channels": 1, "test_limit": 100},
-    "model": {"dim": 8, "dim_mults": [1, 2], "head_dim": 8},
-    "optim": {"batch_size": 8},
-    "sample": {"sampler": "ddim", "steps": 2, "every": 0},
-}
-
-
-def sweep_file(folder: Path, **more) -> Path:
-    file = folder / "tiny.yaml"
-    grid = {"federation.clients": [2], "method": ["full", "udec"]}
-    file.write_text(yaml.safe_dump({"fields": TINY, "grid": grid, "score": {"images": 100, "rounds": [1, 2]}, **more}))
-    return file
-
-
-def test_a_file_is_its_grid_over_its_fields_over_its_preset(tmp_path):
-    grid = {"data.partition": ["iid", "label-skew"], "method": ["full", "udec"]}
-    sweep = read(sweep_file(tmp_path, preset="mini", grid=grid), tmp_path / "out", ALONE)
-    assert [cell.name for cell in sweep.cells] == [
-        f"partition-{p}_method-{m}" for p in ("iid", "label-skew") for m in ("full", "udec")
-    ]
-    cell = sweep.cells[3]
-    assert (cell.config.method, cell.config.data.partition, cell.config.model.dim) == ("udec", "label-skew", 8)
-    assert cell.config.optim.lr == 2e-3  # the preset's
-    assert cell.config.run_dir == tmp_path / "out" / cell.name
-    assert sweep.rounds(cell) == (1, 2)
-    assert cell.config.runtime == ALONE
-
-
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda p: p.stem)
-def test_the_files_that_ship_are_sound(path, tmp_path):
-    sweep = read(find(path.stem), tmp_path, ALONE)
-    assert len({cell.name for cell in sweep.cells}) == len(sweep.cells) >= 1
-    assert path.read_text().startswith("# ")
-    if path.stem in ("methods", "mini-methods"):
-        assert len(sweep.cells) == 2 * 3 * 4
-
-
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        ({"grid": {"method": "full"}}, "grid.method: 'full' is not a list"),
-        ({"grid": {"method": ["half"]}}, "method: 'half' is not valid; choose one of full"),
-        ({"grid": {"data.partiton": ["iid"]}}, "data.partiton: no such field"),
-        ({"score": {"n": 5}}, "score: {'n': 5} is not valid; it may have images"),
-        ({"score": {"rounds": [9]}}, "score.rounds: 9 is beyond the 2 rounds"),
-        ({"grid": {"run.checkpoint_every": [1, 3]}}, "score.rounds: 1 has no checkpoint in checkpoint_every-3"),
-        ({"score": {"rounds": 2}}, "score.rounds: 2 is not valid; it must be a list of rounds"),
-        ({"score": {"rounds": [0]}}, "score.rounds: [0] is not valid"),
-        ({"score": {"images": "lots"}}, "score.images: 'lots' is not valid; it must be a whole number"),
-        ({"score": {"steps": 5000}}, "sample.steps: 5000 is not valid"),
-        ({"score": {"sampler": "euler"}}, "sample.sampler: 'euler' is not valid"),
-        ({"score": {"extractor": "vgg"}}, "score.extractor: 'vgg' is not valid; choose one of fmnist-cnn, inception"),
-        ({"fields": {"runtime": {"precision": "bf16"}}}, "runtime: is not for a sweep's file"),
-        ({"grid": {"runtime.precision": ["bf16"]}}, "runtime: is not for a sweep's file"),
-        ({"preset": "maxi"}, "'maxi' is not a preset"),
-        ({"gird": 1}, "gird: no such key; a sweep has grid"),
-        ({"score": 0}, "score: 0 is not valid"),
-        ({"grid": {".method": ["full"], "method": ["udec"]}}, "no such field"),
-        ({"grid": {"data.root": ["$NOT_SET"]}}, "the variable NOT_SET is not set"),
-        ({"preset": "2001-01-01"}, "'2001-01-01' is not a preset"),
-        ({"grid": {}}, "must have the key grid, with fields"),
-        ({"grid": {5: [1]}}, "grid: 5 is not a field"),
-        ({"grid": {"run.dir": ["x", "y"]}}, "run.dir: is not for a sweep's file; give --out"),
-        ({"fields": {"run": {"dir": "x"}}}, "run.dir: is not for a sweep's file; give --out"),
-        ({"fields": {5: {}}}, "fields: {5: {}} is not a group of fields"),
-        ({"grid": {"run.seed": list(range(20)), "data.seed": list(range(51))}}, "1020 combinations; a sweep has"),
-        ({"preset": 5}, "preset: 5 is not the name of a preset"),
-        ({"fields": {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": 1}}}}}}}}}, "more than 8 levels deep"),
-        ({"fields": {"x": "y" * 70_000}}, "has more than 65536 bytes"),
-    ],
-)
-def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, more, expected):
-    with pytest.raises(UserError, match="(?s)") as refused:
-        read(sweep_file(tmp_path, **more), tmp_path, ALONE)
-    assert expected in str(refused.value) and "\n" not in str(refused.value)
-    assert str(tmp_path / "tiny.yaml") in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("grid: {method: [full]}\ngrid: {method: [udec]}", "line 2: 'grid' is there twice"),
-        ("grid: {run.seed: [1e0]}", "run.seed: 1.0 is not valid"),
-        ("grid: {run.seed: [2001-01-01]}", "run.seed: '2001-01-01' is not valid"),
-        ("grid: {run.seed: [1]}\non: push", "on: no such key"),
-        ("grid: {run.seed: [1]}\npreset: !!timestamp 2001-01-01", "preset: datetime.date(2001, 1, 1) is not the name"),
-    ],
-)
-def test_what_yaml_itself_takes_otherwise_is_refused(tmp_path, text, expected):
-    (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(UserError) as refused:
-        read(tmp_path / "grid.yaml", tmp_path, ALONE)
-    assert expected in str(refused.value) and str(tmp_path / "grid.yaml") in str(refused.value)
-
-
-def test_a_few_lines_that_stand_for_gigabytes_are_refused(tmp_path):
-    bomb = "".join(f" a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(9))
-    (tmp_path / "bomb.yaml").write_text(f"grid:\n{bomb}")
-    with pytest.raises(UserError, match="line 3: an alias"):
-        read(tmp_path / "bomb.yaml", tmp_path, ALONE)
-
-
-def test_every_cell_has_a_folder_of_its_own_under_out(tmp_path):
-    roots = ["../../x", "../../y", "/x", "plain", "z" * 300]
-    sweep = read(sweep_file(tmp_path, grid={"data.root": roots}), tmp_path / "out", ALONE)
-    folders = [cell.config.run_dir for cell in sweep.cells]
-    assert len(set(folders)) == len(roots) and {folder.parent for folder in folders} == {tmp_path / "out"}
-    assert folders[3].name == "root-plain" and all(len(folder.name) < 120 for folder in folders)
-    assert [cell.config.data.root for cell in sweep.cells] == roots
-
-
-def test_a_value_given_twice_is_one_cell(tmp_path):
-    grid = {"method": ["full", "udec", "full"], "optim.lr": [1, 1.0]}
-    assert [c.config.method for c in read(sweep_file(tmp_path, grid=grid), tmp_path, ALONE).cells] == ["full", "udec"]
-
-
-def test_rounds_that_are_saved_can_be_scored(tmp_path):
-    """Of two rounds the second is saved though it is no multiple of three: it is the last."""
-    fields = {**TINY, "run": {"checkpoint_every": 3}}
-    sweep = read(sweep_file(tmp_path, fields=fields, score={"rounds": [2]}), tmp_path, ALONE)
-    assert sweep.rounds(sweep.cells[0]) == (2,)
-
-
-def test_a_name_that_does_not_exist_is_answered_with_those_that_do():
-    with pytest.raises(UserError, match="'none' is no file .* mini-methods"):
-        find("none")
-
-
-LINE = Result(
-    cell="a", method="udec", partition="label-skew", clients=5, local_epochs=2, varied={}, round=15, metric="fd_fmnist",
-    ema=False, score=70.24, deviation=28.31, worst=120.5, local=False, n=100, n_real=500, split="the test split",
-    sampler="ddim", steps=20, extractor="fmnist-cnn", checksum="0123456789abcdef", resized_from=16,
-    communicated_parameters=1_234_567,
-    saving=0.736, wire_bytes=5_000_000, seconds=61.2,
-)  # fmt: skip
+CPU = torch.device("cpu")
 
 
 def test_the_table_says_the_same_as_text_csv_and_latex():
@@ -301,8 +162,9 @@ def test_scores_that_were_taken_otherwise_stay_out_of_the_table(swept):
     before = table()
     for run in (FULL, UDEC):
         wrong = [{**row, "scores": {"fd_fmnist": 1e6}} for row in rows(run, "scores")]
-        ways = ({"n": 99}, {"steps": 4}, {"sampler": "ddpm"}, {"local": True})
+        ways = ({"n": 99}, {"steps": 4}, {"sampler": "ddpm"})
         others = [{**row, **how} for row in wrong for how in ways]
+        others += [{**row, "local": not row["local"]} for row in wrong]
         others += [{**row, "extractor": "inception", "scores": {"fid": 1.0}} for row in wrong]
         others += [{**row, "scores": {"kid": 1.0}} for row in wrong]
         others += [{**row, "ema": True} for row in wrong]
@@ -310,7 +172,7 @@ def test_scores_that_were_taken_otherwise_stay_out_of_the_table(swept):
     go_on()
     assert same_scores(table(), before)
 
-    sweep_file(swept, score={"rounds": [2]})  # by default as many as there are real ones, and the run's own sampler
+    sweep_file(swept, score={"rounds": [2], "local": True})  # as many as there are real ones, the run's sampler
     go_on()
     assert same_scores(table(), [line for line in before if line["round"] == "2"])
 
@@ -347,7 +209,7 @@ def test_a_run_of_another_configuration_is_refused_and_has_no_line(swept, fields
 def test_more_rounds_go_on_and_other_places_do_not_matter(swept):
     before = table()
     longer = {**TINY, "federation": {"rounds": 3, "local_epochs": 1}}
-    sweep_file(swept, fields=longer, score={"images": 100, "rounds": [1, 3]})
+    sweep_file(swept, fields=longer, score={"images": 100, "rounds": [1, 3], "local": True})
     command.run("tiny.yaml", RuntimeConfig(threads=1, timeout_s=99.0), SoloCommunicator(), CPU, out=Path("out"))
     assert [line["round"] for line in table()] == ["1", "3"] * 2
     assert same_scores(table()[::2], before[::2])
