@@ -92,8 +92,9 @@ def _classes(given: str | None, classes: int) -> list[int] | None:
     if given is None:
         return None
     if not classes:
-        raise UserError(f"--classes: {given} is not valid; the run was trained without classes: leave it out")
+        raise UserError(f"--classes: {given!r} is not valid; the run was trained without classes: leave it out")
     numbers = [int(word) if re.fullmatch("[0-9]{1,9}", word.strip()) else -1 for word in given.split(",")]
     if not all(0 <= number < classes for number in numbers):
-        raise UserError(f"--classes: {given} is not valid; give numbers from 0 to {classes - 1}, e.g. 0,{classes - 1}")
+        right = f"numbers from 0 to {classes - 1}, e.g. 0,{classes - 1}"
+        raise UserError(f"--classes: {given!r} is not valid; give {right}")
     return numbers
