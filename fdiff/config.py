@@ -93,6 +93,8 @@ class DataConfig:
     """Keep a client's images on the device as uint8; `auto`: where they take at most half of the free memory."""
     workers: int = 2
     """Loader processes for images that do not fit in memory."""
+    flip: bool = False
+    """Mirror each training image left to right with chance 1/2, anew at each step."""
     download: bool = False
     """Download Fashion-MNIST through torchvision where the root lacks it."""
     changed: bool = field(default=False, metadata={"stored": False})
@@ -133,6 +135,8 @@ class ModelConfig:
     """Channels of an attention head."""
     classes: int = 0
     """Condition on so many class labels; 0: unconditional, as in the paper."""
+    class_dropout: float = 0.0
+    """Chance that a label is dropped in training, in [0, 1), so that `sample.guidance` can be used; 0: none is."""
     bottleneck_width: float = 1.0
     """Feature maps of the bottleneck as a multiple of the last width; unless 1, 1×1 convolutions lead in and out."""
     bottleneck_blocks: int = 2
@@ -145,26 +149,43 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The forward process: a linear noise schedule."""
+    """The forward process, and what the model predicts of it."""
 
     timesteps: int = 1000
     """T, the number of diffusion steps."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise variances: linear from beta_start to beta_end, or cosine (Nichol and Dhariwal), which has no such ends."""
     beta_start: float = 1e-4
-    """Noise variance of the first timestep."""
+    """Noise variance of the first timestep of the linear schedule."""
     beta_end: float = 0.02
-    """Noise variance of the last timestep, included."""
+    """Noise variance of its last timestep, included."""
+    objective: Literal["noise", "v"] = "noise"
+    """What the model predicts: the noise ε, or v = √ᾱ ε - √(1-ᾱ) x₀ (Salimans and Ho)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Local training: Adam with default betas on the Huber loss of the predicted noise."""
+    """Local training: Adam with default betas on the Huber loss of what the model predicts."""
 
     lr: float = 1e-4
     """Learning rate."""
+    warmup_steps: int = 0
+    """Steps of a client, counted over the whole run, in which its learning rate rises linearly to lr; 0: none."""
+    grad_clip: float | None = None
+    """Largest norm of a step's gradient, all parameters and FedProx's term together: a longer one is shortened."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW), of all parameters that are trained; 0: Adam."""
     batch_size: int = 128
     """B, images a step; the last short batch of an epoch is kept."""
     ema: float = 0.0
     """Decay per step of an exponential moving average of each client's weights; 0: none, as in the paper."""
+    ema_warmup: bool = False
+    """Let that decay rise: after t steps of a client in the whole run it is at most (1 + t) / (10 + t), first 0."""
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether something follows a client's steps over the whole run, so that it has to keep their number."""
+        return self.warmup_steps > 0 or self.ema_warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +224,8 @@ class SampleConfig:
     """Steps of DDIM, at most diffusion.timesteps."""
     clip: bool = False
     """Clamp the predicted clean image to [-1, 1] at each step."""
+    guidance: float = 1.0
+    """Classifier-free guidance g: ε_∅ + g (ε_c - ε_∅), with two predictions a step; 1: none."""
     images: int = 16
     """Images of a sample grid (of each client where clients keep private parts)."""
     every: int = 5
@@ -349,12 +372,12 @@ def _check_relations(config: Config) -> None:
             f"data.image_side: {side} cannot be halved evenly by the {len(model.dim_mults)} stages of "
             f"model.dim_mults; it must be a multiple of {factor}, e.g. {below}"
         )
-    if diffusion.beta_start > diffusion.beta_end:
-        raise UserError(
-            f"diffusion.beta_start: {diffusion.beta_start} is not valid; it must be at most diffusion.beta_end = "
-            f"{diffusion.beta_end}"
-        )
-    checks.check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
+    if diffusion.schedule == "linear":
+        checks.check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
+    elif diffusion.objective == "noise":
+        checks.check_clip(config.sample.clip)
+    checks.check_guidance(model.classes, model.class_dropout, config.sample.guidance)
+    checks.check_ema(config.optim.ema, config.optim.ema_warmup)
     if config.compression.kind == "quantize":
         checks.check_words(config.compression.levels, config.federation.clients)
     if config.sample.sampler == "ddim" and config.sample.steps > diffusion.timesteps:

@@ -67,7 +67,11 @@ def check_words(levels: int, clients: int) -> None:
 
 
 def check_schedule(first: float, last: float, steps: int) -> None:
-    """UserError if so little of an image is left at the last timestep that the sampler's 1/√ᾱ_T is no number."""
+    """UserError if a linear schedule falls, or leaves so little of an image that the sampler's 1/√ᾱ_T is no number."""
+    if first > last:
+        raise UserError(
+            f"diffusion.beta_start: {first} is not valid; it must be at most diffusion.beta_end = {last}"
+        )
     left = math.prod(1 - first - (last - first) * t / (steps - 1) for t in range(steps))
     if left < SMALLEST:
         raise UserError(
@@ -75,6 +79,38 @@ def check_schedule(first: float, last: float, steps: int) -> None:
             f"{last}; ᾱ_T would be {left:.2g}, less than float32 holds ({SMALLEST:.2g}); use fewer timesteps or a "
             "smaller diffusion.beta_end"
         )
+
+
+def check_clip(clip: bool) -> None:
+    """UserError if a model that predicts noise would be sampled over the cosine schedule without clamping.
+
+    ᾱ_T is about 10⁻⁹ there, and the estimate of the image is the error of the noise times 1/√ᾱ_T.
+    """
+    if not clip:
+        raise UserError(
+            "sample.clip: must be true with diffusion.schedule cosine and diffusion.objective noise, where the first "
+            "estimate of an image is its error times ten thousands; add --sample.clip, or use --diffusion.objective v"
+        )
+
+
+def check_guidance(classes: int, dropout: float, guidance: float) -> None:
+    """UserError if labels are to be dropped where there are none, or a model guided that never went without."""
+    if dropout and not classes:
+        raise UserError(
+            f"model.class_dropout: {dropout} is not valid with model.classes 0: there are no labels to drop; give "
+            "--model.classes, or leave it out"
+        )
+    if guidance != 1 and not dropout:
+        raise UserError(
+            f"sample.guidance: {guidance} is not valid with model.class_dropout 0: the model has never gone without a "
+            "label; train with --model.class_dropout 0.1, say, or leave it at 1"
+        )
+
+
+def check_ema(ema: float, warmup: bool) -> None:
+    """UserError if the decay of a moving average is to rise and there is none."""
+    if warmup and not ema:
+        raise UserError("optim.ema_warmup: is not valid with optim.ema 0; give --optim.ema 0.999, say, or leave it out")
 
 
 def check_bottleneck(blocks: int, attention: str) -> None:

@@ -8,6 +8,7 @@ our settings (memory, threads' layout, arithmetic) reaches; weights, batches and
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import MethodType
 from typing import Any
@@ -23,7 +24,7 @@ from torchvision import transforms
 from fdiff import seeds
 from fdiff.config import Config
 from fdiff.errors import RunError, UserError
-from fdiff.model import Encoder, LinearAttention, UNet, alphas_cumprod, build_model
+from fdiff.model import Encoder, LinearAttention, UNet, alphas_cumprod, build_model, unconditional
 
 
 class Pictures(Dataset):
@@ -40,6 +41,15 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(self.pictures[index])
+
+
+def as_plain(config: Config) -> Config:
+    """The configuration without what the plain loop knows nothing of.
+
+    These are labels, mirrored images, weight decay, warm-ups and clipped gradients.
+    """
+    optim = replace(config.optim, warmup_steps=0, grad_clip=None, weight_decay=0.0, ema_warmup=False)
+    return replace(unconditional(config), optim=optim, data=replace(config.data, flip=False))
 
 
 def plain_unet(config: Config) -> UNet:
@@ -84,6 +94,7 @@ class Loop:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.optim.lr)
         ac = alphas_cumprod(config.diffusion)
         self.ac = ac
+        self.predicts_v = config.diffusion.objective == "v"
         self.signal, self.noise = ac.sqrt().float().to(device), (1 - ac).sqrt().float().to(device)
 
     def train(self, epochs: int, round: int) -> list[float]:
@@ -97,12 +108,13 @@ class Loop:
                 losses.append(self._step(images.to(self.device), noise))
         return losses
 
-    def _step(self, x0: Tensor, noise: torch.Generator) -> float:
-        t = torch.randint(len(self.signal), (len(x0),), generator=noise, device=self.device)
-        epsilon = torch.randn(x0.shape, generator=noise, device=self.device)
-        x = self.signal[t].view(-1, 1, 1, 1) * x0 + self.noise[t].view(-1, 1, 1, 1) * epsilon
+    def _step(self, x0: Tensor, stream: torch.Generator) -> float:
+        t = torch.randint(len(self.signal), (len(x0),), generator=stream, device=self.device)
+        epsilon = torch.randn(x0.shape, generator=stream, device=self.device)
+        signal, noise = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+        x = signal * x0 + noise * epsilon
         self.optimizer.zero_grad()
-        loss = F.smooth_l1_loss(self.model(x, t), epsilon)
+        loss = F.smooth_l1_loss(self.model(x, t), signal * epsilon - noise * x0 if self.predicts_v else epsilon)
         loss.backward()
         self.optimizer.step()
         return loss.item()
@@ -117,6 +129,8 @@ class Loop:
             ac = self._gather(now, images)
             ac_before = torch.ones_like(ac) if before is None else self._gather(before, images)
             epsilon = self.model(x, torch.full((images,), now, device=self.device))
+            if self.predicts_v:
+                epsilon = (1 - ac).sqrt() * x + ac.sqrt() * epsilon
             x0 = (x - (1 - ac).sqrt() * epsilon) / ac.sqrt()
             if ddpm:
                 beta = 1 - ac / ac_before

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from fdiff.bench.baseline import Baseline
+from fdiff.bench.baseline import Baseline, as_plain
 from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.comm import Communicator
 from fdiff.config import Config
@@ -22,7 +22,7 @@ STEPS = {"cpu": 5, "cuda": 50}  # timed of each sampler's: each step costs the s
 
 def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
     """DDPM over all timesteps and DDIM over 50 of them; every rank draws a batch, nothing travels but the gather."""
-    config = replace(config, model=replace(config.model, classes=0))
+    config = as_plain(config)
     trainer = Trainer(config, device)
     empty = np.empty((0, config.data.shape[0], 1, 1), dtype=np.uint8)
     with Baseline(config, device, empty) as baseline:

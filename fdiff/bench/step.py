@@ -10,7 +10,7 @@ from statistics import mean
 import numpy as np
 import torch
 
-from fdiff.bench.baseline import Baseline
+from fdiff.bench.baseline import Baseline, as_plain
 from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.bench.roofline import NOTE, ceilings, dtype_of, step_work
 from fdiff.comm import Communicator
@@ -28,7 +28,7 @@ LOSS_BAND = {"float32": 1e-4, "tf32": 1e-2, "bf16": 2e-2, "float64": 1e-4}
 
 def run(config: Config, comm: Communicator, device: torch.device) -> list[Result]:
     """Training as it is configured: an epoch's images/s of each rank, and the loss after 200 steps."""
-    config = replace(config, model=replace(config.model, classes=0))  # the plain loop knows no labels
+    config = as_plain(config)
     return [*speed(config, comm, device), same_loss(config, device)]
 
 

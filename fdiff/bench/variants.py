@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fdiff.bench.baseline import Baseline
+from fdiff.bench.baseline import Baseline, as_plain
 from fdiff.bench.measure import Result, compare, in_turns
 from fdiff.bench.step import NOTE, STEPS, epochs_of, limit_of, pixels, title
 from fdiff.comm import Communicator
@@ -75,7 +75,7 @@ def measure(
 
     A variant that would begin after `until`, of `time.monotonic`, is not.
     """
-    config = replace(config, model=replace(config.model, classes=0))
+    config = as_plain(config)
     plain = _plain(config, comm, device)
     for choice in choices(device):
         variant = chosen(config, choice)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdiff.federation import check_choice, open_checkpoint, save_model
+from fdiff.federation import choose_model, model_name, open_checkpoint, save_model
 
 
-def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = False) -> None:
+def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool | None = None) -> None:
     """Export a model.
 
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
         file: The safetensors file to write; `fdiff.load_model` reads it back.
-        client: Whose model, where clients keep private parts.
-        ema: The moving average instead of the last weights.
+        client: Whose model, where clients keep private parts; by default client 0, as `fdiff sample` draws.
+        ema: The moving average instead of the last weights; by default if the checkpoint has it, as `fdiff sample`.
     """
     saved = open_checkpoint(checkpoint)
-    check_choice(saved, client, ema)
+    client, ema = choose_model(saved, client, ema)
     save_model(file, saved, client, ema)
-    print(f"round {saved.round}: {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    print(f"{model_name(client, ema, saved.round)}: {file} ({file.stat().st_size / 1e6:.1f} MB)")

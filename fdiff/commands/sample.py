@@ -1,7 +1,11 @@
-"""Draw images from a checkpoint on all ranks; image i starts from the noise of seed i, however many ranks draw."""
+"""Draw images from a checkpoint on all ranks; image i starts from its own noise of the seed, however many ranks draw.
+
+Where the run has classes, the images show them in turn, by their numbers.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -9,11 +13,13 @@ from typing import Literal
 import torch
 
 from fdiff.comm import Communicator
-from fdiff.config import Config, RuntimeConfig
+from fdiff.config import RuntimeConfig
 from fdiff.data import check_target, save_images
 from fdiff.errors import UserError
 from fdiff.evaluation import sampling_config
-from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_together, private_parts, sampling, together
+from fdiff.federation import Trainer, choose_model, model_name, on_rank_0, open_together, sampling, together
+
+INDICES = 2**32  # of images that there is noise for: see `fdiff.model.noise`
 
 
 def run(
@@ -24,6 +30,10 @@ def run(
     *,
     out: Path = Path("samples.png"),
     images: int = 64,
+    first: int = 0,
+    seed: int | None = None,
+    classes: str | None = None,
+    guidance: float | None = None,
     client: int | None = None,
     ema: bool | None = None,
     sampler: Literal["ddpm", "ddim"] | None = None,
@@ -37,34 +47,54 @@ def run(
         runtime: Where and how it runs.
         out: FILE.png for one grid, FILE.h5 for a dataset `images`, anything else for a folder of PNGs.
         images: How many.
-        client: Whose model, where clients keep private parts; by default client 0.
-        ema: The moving average instead of the last weights; by default if the checkpoint has it.
+        first: Number of the first one: after 64 images, --first 64 draws those that follow.
+        seed: Seed of the noise; by default that of the run.
+        classes: Only these, by their numbers, in turn: 3,7; by default all of them.
+        guidance: Classifier-free guidance; by default what the run used. Other than 1 needs model.class_dropout.
+        client: Whose model, where clients keep private parts; by default client 0, as `fdiff export` writes.
+        ema: The moving average instead of the last weights; by default if the checkpoint has it, as `fdiff export`.
         sampler: ddpm or ddim; by default what the run used.
         steps: Steps of ddim; by default what the run used.
         batch_size: Images a sampling step; by default what the run used.
     """
-    together(comm, lambda: _check_images(images))
+    together(comm, lambda: _check_numbers(images, first, seed))
     on_rank_0(comm, lambda: check_target(out))
     saved = open_together(comm, checkpoint)
-    chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
+    chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size, "guidance": guidance}
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
-    client = 0 if client is None and private_parts(config) else client
-    trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))
-    drawn = sampling.draw_all(comm, trainer, config, images, client, saved.round)
-    on_rank_0(comm, lambda: save_images(drawn, out))
+    shown = together(comm, lambda: _classes(classes, config.model.classes))
+    client, average = together(comm, lambda: choose_model(saved, client, ema))
+
+    def trainer_with_model() -> Trainer:
+        made = Trainer(config, device)
+        saved.fill(made.buckets, client, average)
+        return made
+
+    trainer = together(comm, trainer_with_model)
+    seeded = config if seed is None else replace(config, run=replace(config.run, seed=seed))
+    drawn = sampling.draw_all(comm, trainer, seeded, images, client, saved.round, first, shown)
+    on_rank_0(comm, lambda: save_images(drawn, out, first))
     if comm.rank == 0:
-        print(f"{images} images of round {saved.round}: {out}")
+        print(f"{images} images of {model_name(client, average, saved.round)}: {out}")
 
 
-def _check_images(images: int) -> None:
-    if images < 1:
-        raise UserError(f"--images: {images} is not valid; it must be at least 1")
+def _check_numbers(images: int, first: int, seed: int | None) -> None:
+    if not 1 <= images <= INDICES:
+        raise UserError(f"--images: {images} is not valid; it must be at least 1, and at most 2^32")
+    if not 0 <= first <= INDICES - images:
+        raise UserError(f"--first: {first} is not valid; it must be at least 0, and at most 2^32 less --images")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed: {seed} is not valid; it must be in [0, 2^63)")
 
 
-def _trainer_with(saved: Saved, config: Config, device: torch.device, client: int | None, ema: bool | None) -> Trainer:
-    """A trainer with the parameters that are asked for; UserError if the checkpoint has no such model."""
-    ema = saved.has_ema if ema is None else ema
-    check_choice(saved, client, ema)
-    trainer = Trainer(config, device)
-    saved.fill(trainer.buckets, client, ema)
-    return trainer
+def _classes(given: str | None, classes: int) -> list[int] | None:
+    """The numbers of the classes that are asked for; None for all."""
+    if given is None:
+        return None
+    if not classes:
+        raise UserError(f"--classes: {given!r} is not valid; the run was trained without classes: leave it out")
+    numbers = [int(word) if re.fullmatch("[0-9]{1,9}", word.strip()) else -1 for word in given.split(",")]
+    if not all(0 <= number < classes for number in numbers):
+        right = f"numbers from 0 to {classes - 1}, e.g. 0,{classes - 1}"
+        raise UserError(f"--classes: {given!r} is not valid; give {right}")
+    return numbers

@@ -26,10 +26,11 @@ def check_target(path: Path) -> None:
         raise UserError(f"--out: {path} cannot be written ({nearest} is no folder to write in); give another path")
 
 
-def save_images(images: Tensor, path: Path) -> None:
+def save_images(images: Tensor, path: Path, first: int = 0) -> None:
     """Write uint8 images (n, C, S, S): FILE.png is one grid, FILE.h5 a dataset `images`, else a folder of PNGs.
 
-    UserError if the path cannot be written, or is a folder that has something in it already.
+    The folder's files are numbered from `first`. UserError if the path cannot be written, or is a folder that has
+    something in it already.
     """
     check_target(path)
     try:
@@ -38,7 +39,7 @@ def save_images(images: Tensor, path: Path) -> None:
         elif path.suffix.lower() in ARRAYS:
             save_hdf5(path, images)
         else:
-            save_folder(path, images)
+            save_folder(path, images, first)
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error.strerror}); give another path") from None
 
@@ -65,13 +66,13 @@ def save_hdf5(path: Path, images: Tensor) -> None:
     os.replace(temporary, path)
 
 
-def save_folder(path: Path, images: Tensor) -> None:
-    """000000.png, 000001.png, …"""
+def save_folder(path: Path, images: Tensor, first: int = 0) -> None:
+    """000000.png, 000001.png, …, or from another number on."""
     from torchvision.io import write_png
 
     temporary = path.with_name(f".{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for i, image in enumerate(images):
+    for i, image in enumerate(images, first):
         write_png(image, str(temporary / f"{i:06d}.png"))
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""One client's local training: E epochs of Adam on the Huber loss of the predicted noise (paper, algorithm 1).
+"""One client's local training: E epochs of Adam on the Huber loss of the predicted noise, or v (paper, algorithm 1).
 
 A rank has one `Trainer`, its working memory, through which the clients that it hosts pass in turn. What a client
-keeps between rounds (private parts, moving average, Adam moments) is a dict of flat tensors.
+keeps between rounds (private parts, moving average, Adam moments, number of steps) is a dict of tensors.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdiff import seeds
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
 from fdiff.errors import RunError, UserError
-from fdiff.model import Buckets, UNet, build_model, capture, check_forward, diffusion, layout_of, part_sizes
+from fdiff.federation.local_optimizer import STEPS, LocalOptimizer, decay_at
+from fdiff.model import (
+    Buckets,
+    UNet,
+    build_model,
+    capture,
+    check_forward,
+    diffusion,
+    drop_labels,
+    layout_of,
+    no_class,
+    part_sizes,
+)
 from fdiff.plan import is_first, private_parts, shared_parts
 
 DRAWINGS_KEPT = 2  # of whole batches, and of a last, short one
@@ -54,9 +66,9 @@ class Trainer:
     """A model in flat buckets, Adam on the whole arena, and the diffusion schedule, all on one device.
 
     `working` names the tensors in which a client's state lives while it trains: `ema` (P,) with a moving average,
-    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer, `left-out` (n,) of the shared parts with error
-    feedback. Parameters themselves are in `buckets`, the shared parts behind the private ones. `anchor` (n,) are, with
-    FedProx, the shared parts with which the round began.
+    `exp_avg` and `exp_avg_sq` (P,) and `step` () with a kept optimizer, `steps-taken` () int64 with a warm-up,
+    `left-out` (n,) of the shared parts with error feedback. Parameters themselves are in `buckets`, the shared parts
+    behind the private ones. `anchor` (n,) are, with FedProx, the shared parts with which the round began.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -75,7 +87,12 @@ class Trainer:
         if config.compression.feeds_back:
             span = self.buckets.span(self.shared_parts)
             self.working["left-out"] = torch.zeros_like(self.buckets.flat[span])
-        self._optimizer = self._make_optimizer()
+        if config.optim.counts_steps:
+            self.working[STEPS] = torch.zeros((), dtype=torch.int64, device=device)
+        self._optimizer = LocalOptimizer(config.optim, self.buckets, self.working.get(STEPS))
+        self._moments = self._optimizer.moments
+        if config.federation.keep_optimizer:
+            self.working |= self._moments
         self._shared = self.buckets.span(self.shared_parts)
         self.anchor = torch.zeros_like(self.buckets.flat[self._shared]) if config.federation.proximal_mu else None
         self._noise = torch.Generator(device)
@@ -95,25 +112,6 @@ class Trainer:
         # The compiler has ideas of its own.
         by_compiler = layout == "auto" and capture.compiles(self.device, self.config.runtime.execution)
         self.model.encoder.layout = "channels-first" if by_compiler else layout
-
-    def _make_optimizer(self) -> torch.optim.Adam:
-        flat = nn.Parameter(self.buckets.flat)
-        flat.grad = self.buckets.grad
-        # On a CPU the fused kernel rounds the last few elements of a tensor otherwise than the rest, so one flat
-        # tensor would train to other last bits than separate ones; the unfused costs little there.
-        on_cpu = self.device.type == "cpu"
-        optimizer = torch.optim.Adam(
-            [flat], lr=self.config.optim.lr, fused=not on_cpu, foreach=on_cpu, capturable=not on_cpu
-        )
-        self._moments = {
-            "step": torch.zeros((), dtype=torch.float32, device=self.device),
-            "exp_avg": torch.zeros_like(self.buckets.flat),
-            "exp_avg_sq": torch.zeros_like(self.buckets.flat),
-        }
-        optimizer.state[flat].update(self._moments)
-        if self.config.federation.keep_optimizer:
-            self.working |= self._moments
-        return optimizer
 
     def prepare(self, client: Client, round: int) -> None:
         """Make ready what a client that has entered carries from step to step: its moving average, Adam's moments."""
@@ -176,11 +174,20 @@ class Trainer:
         return self._graph.replay().clone()
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.descend(*self._noised(images), labels)
+        noised = self._noised(images)
+        if self.config.model.class_dropout:
+            labels = drop_labels(labels, self.config.model, self._noise)
+        return self.descend(*noised, labels)
 
     def _noised(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x0 (b, C, S, S) of uint8 images, and the next timesteps (b,) and noise (b, C, S, S) of the client's round."""
+        """x0 (b, C, S, S) of uint8 images, and the next timesteps (b,) and noise (b, C, S, S) of the client's round.
+
+        With `data.flip` that also draws which of the images are mirrored, first.
+        """
         x0 = normalise(images, self.dtype)
+        if self.config.data.flip:
+            mirrored = torch.rand(len(x0), generator=self._noise, device=self.device) < 0.5
+            x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
         t = torch.randint(self.schedule.timesteps, (len(x0),), generator=self._noise, device=self.device)
         # Drawn in float32 whatever the precision, so that a float64 run sees the same noise.
         epsilon = torch.randn(x0.shape, generator=self._noise, device=self.device).to(self.dtype)
@@ -189,7 +196,8 @@ class Trainer:
     def descend(self, x0: Tensor, t: Tensor, epsilon: Tensor, labels: Tensor) -> Tensor:
         """One step of Adam with these timesteps (b,) and this noise (b, C, S, S); the loss, still on the device.
 
-        The loss is without FedProx's term (Li et al. 2020, eq. 2), which only its gradient knows of.
+        The loss is without FedProx's term (Li et al. 2020, eq. 2), which only its gradient knows of. `optim.grad_clip`
+        is of that gradient: what is clipped is what Adam is given.
         """
         self.buckets.grad.zero_()
         whole = len(x0) == self.config.optim.batch_size
@@ -202,8 +210,18 @@ class Trainer:
             self.buckets.grad[self._shared].add_(away, alpha=self.config.federation.proximal_mu)
         self._optimizer.step()
         if self.config.optim.ema:
-            self.working["ema"].lerp_(self.buckets.flat, 1 - self.config.optim.ema)
+            self._average()
+        if self.config.optim.counts_steps:
+            self.working[STEPS].add_(1)
         return loss.detach()
+
+    def _average(self) -> None:
+        """Take the step that was made into the client's moving average."""
+        optim, ema = self.config.optim, self.working["ema"]
+        if optim.ema_warmup:
+            ema.lerp_(self.buckets.flat, (1 - decay_at(optim, self.working[STEPS])).to(ema.dtype))
+        else:
+            ema.lerp_(self.buckets.flat, 1 - optim.ema)
 
     @torch.no_grad()
     def _find_diverged(self, images: Tensor, labels: Tensor) -> str | None:
@@ -228,8 +246,11 @@ class Trainer:
             if len(self._drawings) >= DRAWINGS_KEPT:
                 self._drawings.pop(next(iter(self._drawings)))
             data, whole = config.data, count == config.sample.batch_size
+            denoiser = self._denoiser if whole else self.model
+            if (guidance := config.sample.guidance) != 1:
+                denoiser = diffusion.guided(denoiser, guidance, no_class(config.model))
             self._drawings[wanted] = diffusion.Drawing(
-                self._denoiser if whole else self.model,
+                denoiser,
                 diffusion.make_sampler(config.diffusion, config.sample),
                 seeds.derive(config.run.seed, "sampling"),
                 count,

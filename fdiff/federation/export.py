@@ -26,6 +26,24 @@ from fdiff.model import Buckets, build_model, describe_model
 FORMAT = "fdiff/1"
 
 
+def choose_model(saved: Saved, client: int | None, ema: bool | None) -> tuple[int | None, bool]:
+    """The client (None: the global model) and whether its moving average, of a request that may leave both open.
+
+    Then it is client 0 where each has its own model, and the moving average where there is one. UserError as
+    `check_choice`.
+    """
+    client = 0 if client is None and private_parts(saved.config) else client
+    ema = saved.has_ema if ema is None else ema
+    check_choice(saved, client, ema)
+    return client, ema
+
+
+def model_name(client: int | None, ema: bool, round: int) -> str:
+    """What a person is told was drawn or written: "client 3, round 15, moving average"."""
+    whose = "the global model" if client is None else f"client {client}"
+    return f"{whose}, round {round}, {'moving average' if ema else 'last weights'}"
+
+
 def check_choice(saved: Saved, client: int | None, ema: bool) -> None:
     """UserError unless the checkpoint has the model of this client (None: of all clients), or its moving average."""
     clients, own = saved.config.federation.clients, bool(private_parts(saved.config))

@@ -6,7 +6,7 @@ are not counted: `data.in_memory` decides on them by what is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from fdiff.config import KINDS, Config
 from fdiff.federation.compressed import kept_by_federation
 from fdiff.federation.forecast import itemsize
-from fdiff.model import describe_model, diffusion, layout_of, part_sizes
+from fdiff.model import describe_model, diffusion, layout_of, part_sizes, unconditional
 from fdiff.plan import hosted_by, shared_parts
 
 GIB = 2.0**30
@@ -81,7 +81,7 @@ def activations(config: Config) -> int:
     0 of a model of the user's own that cannot be run without memory.
     """
     data, batch = config.data, config.optim.batch_size
-    counted = replace(config, model=replace(config.model, classes=0))
+    counted = unconditional(config)
     storages: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

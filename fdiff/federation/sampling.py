@@ -23,15 +23,25 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
-def draw(trainer: Trainer, config: Config, batch: Batch, round: int, progress: Progress = iter) -> Tensor:
+def draw(
+    trainer: Trainer,
+    config: Config,
+    batch: Batch,
+    round: int,
+    progress: Progress = iter,
+    classes: Sequence[int] | None = None,
+) -> Tensor:
     """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device.
 
-    `progress` wraps the iteration over the sampling steps. RunError, which names the batch's model and its `round`, if
-    an image is not finite: as uint8 it would be black, and be scored like any other.
+    With classes, image i shows number i mod their number, or of these `classes` the one at i mod theirs. `progress`
+    wraps the iteration over the sampling steps. RunError, which names the batch's model and its `round`, if an image is
+    not finite: as uint8 it would be black, and be scored like any other.
     """
     model = trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
     labels = indices % config.model.classes if config.model.classes else None
+    if classes is not None:
+        labels = torch.tensor(classes, device=trainer.device)[indices % len(classes)]
     model.eval()
     try:
         with trainer.autocast():
@@ -118,19 +128,27 @@ def draw_grid(rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, pro
 
 
 def draw_all(
-    comm: Communicator, trainer: Trainer, config: Config, images: int, client: int | None, round: int
+    comm: Communicator,
+    trainer: Trainer,
+    config: Config,
+    images: int,
+    client: int | None,
+    round: int,
+    first: int = 0,
+    classes: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """Images 0 to n-1 of the trainer's model, equal on all ranks, drawn by all in turn: as `gather_images` has them.
+    """So many images from number `first` of the trainer's model, equal on all ranks, drawn by all in turn.
 
-    An error names the model's client, or the global model (None), and its round.
+    They are as `gather_images` has them, of `classes` as in `draw`. An error names the model's client, or the global
+    model (None), and its round.
     """
     in_turn = batches([None], images, config.sample, lambda _: 0, comm.size)
-    cut = [replace(batch, model=client) for batch in in_turn]
+    cut = [replace(batch, model=client, first=first + batch.first, last=first + batch.last) for batch in in_turn]
     mine = [b for b in cut if b.rank == comm.rank]
     drawn, error = [], None
     try:
         with progress_bar(comm, mine, "sampling") as progress_of:
-            drawn = [draw(trainer, config, batch, round, progress_of(batch)) for batch in mine]
+            drawn = [draw(trainer, config, batch, round, progress_of(batch), classes) for batch in mine]
     except Exception as failure:
         error = one_line(failure, "sampling")
     agree(comm, error)

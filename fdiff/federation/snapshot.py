@@ -7,7 +7,7 @@
                      Header: round, config, layout, frozen (its layout), number of images of each client, fingerprints
                      of the images, reporters, metrics of the round, the rows of the logs up to it, if not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq
-                     (P,), step (), left-out (n,) of the shared parts, with error feedback
+                     (P,), step (), steps-taken (), left-out (n,) of the shared parts, with error feedback
 
 Whatever is here is a copy on the host: training goes on while it is written.
 """

@@ -15,6 +15,7 @@ from fdiff.config import KINDS as OWN_KINDS
 from fdiff.config import Config, from_dict
 from fdiff.errors import UserError
 from fdiff.federation.compressed import kept_by_federation
+from fdiff.federation.local_optimizer import STEPS
 from fdiff.federation.run_files import KINDS
 from fdiff.model import describe_model, layout_of, part_sizes, parts_of, sizes_of
 
@@ -24,7 +25,7 @@ Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
 def has_client_files(config: Config) -> bool:
     """Whether a client has anything of its own to save."""
     own = config.optim.ema or config.federation.keep_optimizer or config.run.keep_local or config.compression.feeds_back
-    return bool(own) or bool(private_parts(config))
+    return bool(own) or config.optim.counts_steps or bool(private_parts(config))
 
 
 def private_parts(config: Config) -> tuple[str, ...]:
@@ -120,6 +121,8 @@ def check_client(file: Path, config: Config, datasets: Datasets) -> None:
         _check_shape(file, name, (sum(sizes.values()),), config, datasets)
     if moments and datasets.get("step") != ((), "float32"):
         raise Damaged(f"{file}: has no number of steps; use another checkpoint")
+    if config.optim.counts_steps and datasets.get(STEPS) != ((), "int64"):
+        raise Damaged(f"{file}: has no number of steps taken; use another checkpoint")
     shared = sum(sizes[part] for part in plan.shared_parts(config.method, tuple(sizes)))
     if config.compression.feeds_back:
         _check_shape(file, "left-out", (shared,), config, datasets)

@@ -11,6 +11,7 @@ from fdiff import registry, seeds
 from fdiff.config import PARTS, Config, ModelConfig
 from fdiff.errors import UserError, first_line
 from fdiff.model.buckets import layout_of, part_sizes
+from fdiff.model.labels import label_rows, no_class
 from fdiff.model.unet import UNet
 
 
@@ -22,7 +23,7 @@ def build_unet(shape: tuple[int, int, int], model: ModelConfig) -> UNet:
         model.dim_mults,
         model.heads,
         model.head_dim,
-        model.classes,
+        label_rows(model),
         model.bottleneck_width,
         model.bottleneck_blocks,
         model.bottleneck_attention,
@@ -92,17 +93,26 @@ def parts_of(config: Config) -> tuple[str, ...]:
 
 
 def check_forward(model: nn.Module, config: Config) -> None:
-    """UserError unless the model predicts as much noise as an image has. Runs it once, with two images of zeros."""
+    """UserError unless the model predicts as much as an image has. Runs it once, with two images of zeros.
+
+    Where labels are dropped in training, one of the two has lost its own.
+    """
     first = next(model.parameters())
     x = torch.zeros(2, *config.data.shape, dtype=first.dtype, device=first.device)
     t = torch.zeros(2, dtype=torch.int64, device=first.device)
     kind = config.model.kind
+    labels = t.clone() if config.model.classes else None
+    if labels is not None and config.model.class_dropout:
+        labels[1] = no_class(config.model)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            predicted = model(x, t, t if config.model.classes else None)
+            predicted = model(x, t, labels)
     except (Exception, SystemExit) as error:  # of somebody's module
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"model.kind: {kind} fails on images of {config.data.shape} ({reason})") from None
     if not isinstance(predicted, torch.Tensor) or predicted.shape != x.shape:
         shape = tuple(predicted.shape) if isinstance(predicted, torch.Tensor) else type(predicted).__name__
-        raise UserError(f"model.kind: {kind} makes {shape} of images {tuple(x.shape)}; it must predict their noise")
+        raise UserError(
+            f"model.kind: {kind} makes {shape} of images {tuple(x.shape)}; it must predict their "
+            f"{config.diffusion.objective}"
+        )

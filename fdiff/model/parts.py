@@ -1,7 +1,9 @@
 """What a model has to be: any nn.Module that knows its parts.
 
 It has `forward(x, t, labels=None)`: noisy images x (B, C, S, S), timesteps t (B,) from 0, labels (B,) or None → the
-predicted noise (B, C, S, S). Its attribute `parts` is an ordered {name: [submodules]}: each parameter is in one part.
+predicted noise (B, C, S, S), or v under `diffusion.objective: v`. Labels are below `model.classes`; under
+`model.class_dropout` some are `model.classes` itself, which stands for no class (see `labels`). Its attribute `parts`
+is an ordered {name: [submodules]}: each parameter is in one part.
 """
 
 from __future__ import annotations

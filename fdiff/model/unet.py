@@ -17,11 +17,11 @@ from fdiff.config import PARTS
 
 
 class UNet(nn.Module):
-    """Predicts the noise in images of any side that the stages can halve evenly.
+    """Predicts the noise (or v) in images of any side that the stages can halve evenly.
 
-    `channels` is 1 or 3; stage i has dim × dim_mults[i] channels. With `classes` > 0 a label embedding is added to
-    the time vector. For dim 28, one channel and (1, 2, 4) it has 2,996,315 parameters: 1,280,642 in the encoder,
-    999,376 in the bottleneck and 716,297 in the decoder. What begins with `bottleneck_` is `Bottleneck`'s.
+    `channels` is 1 or 3; stage i has dim × dim_mults[i] channels. With `classes` > 0 the embedding of one of so many
+    labels is added to the time vector. For dim 28, one channel and (1, 2, 4) it has 2,996,315 parameters: 1,280,642 in
+    the encoder, 999,376 in the bottleneck and 716,297 in the decoder. What begins with `bottleneck_` is `Bottleneck`'s.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class UNet(nn.Module):
         return {part: [self.get_submodule(part)] for part in PARTS}
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B, C, S, S) noisy images, t (B,) timesteps from 0, labels (B,) or None → predicted noise (B, C, S, S)."""
+        """Noisy images x (B, C, S, S), t (B,) from 0, labels (B,) or None → predicted noise, or v (B, C, S, S)."""
         h, skips, time = self.encoder(x, t, labels)
         return self.decoder(self.bottleneck(h, time), skips, time)
 

@@ -27,24 +27,31 @@ def runs(tmp_path_factory) -> Path:
     more = ["--optim.ema", 0.9, "--federation.rounds", 2, "--sample.every", 0]
     requests = [["train", *TINY, *more, "--method", m, "--run.dir", m] for m in ("usplit", "udec")]
     requests += [
-        ["export", "usplit", "global.safetensors"],
+        ["export", "usplit", "global.safetensors", "--ema", "false"],
         ["export", "udec", "new/client.safetensors", "--client", 2, "--ema"],
-        ["export", "udec", "none.safetensors"],
+        ["export", "udec", "default.safetensors"],
+        ["export", "udec", "none.safetensors", "--client", 4],
         ["export", "usplit", "none.safetensors", "--client", 1],
     ]
     ends = [done[0] for done in in_turn(1, requests, folder)]
-    for done in ends[:4]:
+    for done in ends[:5]:
         done.check()
-    assert [done.status for done in ends[4:]] == [2, 2]
-    assert "--client: None is not valid; with udec each client has its own model: 0 to 3" in ends[4].err
-    assert "usplit has one model for all clients" in ends[5].err
+    assert [done.status for done in ends[5:]] == [2, 2]
+    assert "--client: 4 is not valid; with udec each client has its own model: 0 to 3" in ends[5].err
+    assert "usplit has one model for all clients" in ends[6].err
+    assert "the global model, round 2, last weights: global.safetensors (" in ends[2].out
+    assert "client 2, round 2, moving average: new/client.safetensors (" in ends[3].out
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "file", "client", "ema"),
-    [("usplit", "global.safetensors", None, False), ("udec", "new/client.safetensors", 2, True)],
+    [
+        ("usplit", "global.safetensors", None, False),
+        ("udec", "new/client.safetensors", 2, True),
+        ("udec", "default.safetensors", 0, True),
+    ],
 )
 def test_an_exported_model_gives_the_same_samples(runs, run, file, client, ema):
     saved = open_checkpoint(runs / run)
@@ -61,7 +68,8 @@ def test_an_exported_model_gives_the_same_samples(runs, run, file, client, ema):
     assert torch.equal(diffusion.to_uint8(images), expected)
     with safe_open(runs / file, "pt") as opened:
         told = opened.metadata()
-    assert (told["round"], told["client"], told["ema"]) == ("2", "global" if client is None else "2", str(ema).lower())
+    whose = "global" if client is None else str(client)
+    assert (told["round"], told["client"], told["ema"]) == ("2", whose, str(ema).lower())
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ MAY_WAIT = {
     "federation.client._mean_loss": "an epoch's losses come to the host",
     "federation.client._find_diverged": "is what the last step left finite, once a round",
     "federation.host._host_copy": "what the clients begin with, once a run",
+    "federation.local_optimizer.__init__": "torch looks at the learning rate, once",
     "federation.sampling.draw": "are a batch's images finite",
     "federation.host.parameters": "a client's private parts come back for its grid",
     "federation.host.shared_range": "a moving average comes back",
@@ -80,7 +81,9 @@ def play(config: Config, monkeypatch: pytest.MonkeyPatch, folder: Path, **how: b
 
 EVERYTHING = {
     "federation": replace(TINY.federation, keep_optimizer=True, on_client_failure="drop"),
-    "optim": replace(TINY.optim, ema=0.9),
+    "optim": replace(TINY.optim, ema=0.9, ema_warmup=True, warmup_steps=3, grad_clip=0.5, weight_decay=0.1),
+    "data": replace(TINY.data, flip=True),
+    "diffusion": replace(TINY.diffusion, schedule="cosine", objective="v"),
     "run": replace(TINY.run, keep_local=True),
 }
 ALONE = replace(TINY.federation, clients=1)
@@ -90,7 +93,10 @@ CASES = {
     "ulatdec-float64": replace(TINY, method="ulatdec", runtime=cfg.RuntimeConfig(precision="float64")),
     "usplit-ordered": replace(TINY, method="usplit", runtime=cfg.RuntimeConfig(reduction="ordered")),
     "labels-loaded": replace(
-        TINY, model=replace(TINY.model, classes=10), data=replace(TINY.data, in_memory="never", workers=0)
+        TINY,
+        model=replace(TINY.model, classes=10, class_dropout=0.2),
+        data=replace(TINY.data, in_memory="never", workers=0),
+        sample=replace(TINY.sample, guidance=2.0),
     ),
 }
 
@@ -126,7 +132,7 @@ def test_an_evaluation(monkeypatch, tmp_path):
 def epoch(images: int, monkeypatch: pytest.MonkeyPatch, plant: Plant = lambda *_: None) -> Counter[str]:
     """Who waits in an epoch of so many images, all of them already on the GPU, with something planted."""
     with fake_gpu(monkeypatch) as watch:
-        trainer = Trainer(replace(TINY, optim=replace(TINY.optim, ema=0.9)), GPU)
+        trainer = Trainer(replace(TINY, optim=EVERYTHING["optim"], data=EVERYTHING["data"]), GPU)
         client = Client(0, Shard(open_source(TINY.data, "train"), range(images), GPU))
         plant(trainer, monkeypatch)
         watch.waits.clear()

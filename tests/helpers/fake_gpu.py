@@ -147,6 +147,8 @@ def _stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> None:
 def _stand_in_for_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fake tensors lack: generators of a GPU, moves of modules, backward passes, views as numpy arrays."""
     monkeypatch.setattr(torch, "Generator", AnyGenerator)
+    for name in ("_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(torch, name, _with_any_rate(getattr(torch, name)))
     monkeypatch.setattr(client, "build_model", _on_gpu(client.build_model))
     monkeypatch.setattr(extractors, "FmnistCnn", _on_gpu(extractors.FmnistCnn))
     monkeypatch.setattr(extractors, "load_file", _not_fake(extractors.load_file))
@@ -164,6 +166,17 @@ def _on_gpu(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             return build(*arguments)
 
     return build_there
+
+
+def _with_any_rate(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, also with a learning rate on the device, for which there is a kernel but no fake one."""
+
+    def take(*arguments: Any, lr: Any, **how: Any) -> Any:
+        if isinstance(lr, Tensor):
+            assert lr.is_cuda and lr.dtype == torch.float32 and not lr.shape, "what the kernel reads"
+        return step(*arguments, lr=0.0 if isinstance(lr, Tensor) else lr, **how)
+
+    return take
 
 
 def _not_fake(read: Callable[..., Any]) -> Callable[..., Any]:

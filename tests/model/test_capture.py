@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from called_graph import Called, use_called_graphs
 from small_datasets import needs_gpu
 
-from fdiff.config import Config, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig
+from fdiff.config import Config, DiffusionConfig, ModelConfig, OptimConfig, RuntimeConfig, SampleConfig
 from fdiff.data import Shard, open_source
 from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
@@ -23,6 +23,14 @@ from fdiff.presets import mini
 CPU = torch.device("cpu")
 TINY = ModelConfig(dim=4, dim_mults=(1,), heads=1, head_dim=4)
 CONFIG = replace(mini(), optim=OptimConfig(batch_size=8, ema=0.9))
+OPTIONS = replace(
+    CONFIG,
+    data=replace(CONFIG.data, flip=True),
+    model=replace(CONFIG.model, classes=10, class_dropout=0.3),
+    optim=replace(CONFIG.optim, warmup_steps=7, grad_clip=0.5, weight_decay=0.1, ema_warmup=True),
+    diffusion=DiffusionConfig(schedule="cosine", objective="v"),
+    sample=SampleConfig(guidance=2.0),
+)
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def trained(
 
 def drawn(sampler: str, device: torch.device = CPU, config: Config = CONFIG) -> torch.Tensor:
     """Two batches, the second one after the parameters have changed, and a short one."""
-    sample = SampleConfig(sampler=sampler, steps=5, clip=True, batch_size=3)
+    sample = replace(config.sample, sampler=sampler, steps=5, clip=True, batch_size=3)
     config = replace(config, diffusion=replace(config.diffusion, timesteps=12), sample=sample)
     trainer = Trainer(config, device)
     drawn = []
@@ -55,19 +63,22 @@ def drawn(sampler: str, device: torch.device = CPU, config: Config = CONFIG) -> 
     return torch.cat(drawn)
 
 
-def test_a_captured_training_step_computes_what_the_plain_one_does(request):
-    plain = trained()
+@pytest.mark.parametrize("config", [CONFIG, OPTIONS], ids=["plain", "options"])
+def test_a_captured_training_step_computes_what_the_plain_one_does(request, config):
+    plain = trained(config=config)
     request.getfixturevalue("called")
-    captured = trained()
+    captured = trained(config=config)
     assert Called.replays == 2 * 2 * 2  # rounds, epochs, whole batches
     assert torch.equal(plain[0], captured[0]) and torch.equal(plain[1], captured[1]) and plain[2] == captured[2]
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 12), ("ddim", 5)])
-def test_a_captured_sampling_step_computes_what_the_plain_one_does(request, sampler, steps):
-    plain = drawn(sampler)
+@pytest.mark.parametrize(
+    "sampler, steps, config", [("ddpm", 12, CONFIG), ("ddim", 5, CONFIG), ("ddpm", 12, OPTIONS)]
+)
+def test_a_captured_sampling_step_computes_what_the_plain_one_does(request, sampler, steps, config):
+    plain = drawn(sampler, config=config)
     request.getfixturevalue("called")
-    assert torch.equal(plain, drawn(sampler))
+    assert torch.equal(plain, drawn(sampler, config=config))
     assert Called.replays == 3 * steps  # captured once a size, replayed for every batch
 
 
@@ -151,10 +162,24 @@ def test_what_is_captured_and_compiled_where():
     assert not capture.compiles(gpu, "eager") and not capture.compiles(gpu, "captured")
 
 
+@pytest.mark.rare
+def test_with_options_training_and_sampling_compile_once_each(monkeypatch):
+    """Warm-ups change from step to step, and guidance doubles the batch: no graph has them as a number or a shape."""
+    config, counter = compiling(monkeypatch)
+    config = replace(OPTIONS, model=replace(TINY, classes=10, class_dropout=0.3), runtime=config.runtime)
+    eager = replace(config, runtime=replace(config.runtime, execution="eager"))
+    torch.testing.assert_close(trained(config=config)[0], trained(config=eager)[0], rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(drawn("ddim", config=config), drawn("ddim", config=eager), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 2
+
+
 @needs_gpu
 def test_on_a_gpu_the_captured_steps_agree_with_the_plain_ones():
     gpu = torch.device("cuda", 0)
     eager = replace(CONFIG, runtime=RuntimeConfig(execution="eager"))
     captured, images = trained(gpu), drawn("ddpm", gpu)
     assert captured[2] == pytest.approx(trained(gpu, eager)[2], rel=1e-4)
+    options = trained(gpu, OPTIONS)
+    assert options[2] == pytest.approx(trained(gpu, replace(OPTIONS, runtime=eager.runtime))[2], rel=1e-4)
     torch.testing.assert_close(images, drawn("ddpm", gpu, eager), rtol=1e-3, atol=1e-3)

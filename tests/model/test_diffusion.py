@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -278,3 +279,44 @@ def test_noise_is_never_infinite():
     a, b = (m.flatten() for m in torch.meshgrid(ends, ends, indexing="ij"))
     values = torch.stack(_box_muller(a, b))
     assert values.isfinite().all() and values.max().item() == pytest.approx(math.sqrt(50 * math.log(2)), rel=1e-4)
+
+
+# --- guidance
+
+
+def of_labels(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """A model whose prediction depends on the image, the timestep and the label."""
+    return denoiser(x, t, labels) + torch.sin(labels + 1.0).view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5])
+def test_guidance_is_the_combination_of_two_predictions(guidance):
+    x, t, labels = torch.randn(3, *SHAPE, dtype=DOUBLE), torch.tensor([0, 9, 4]), torch.tensor([2, 0, 1])
+    with_class, without = of_labels(x, t, labels), of_labels(x, t, torch.full((3,), 7))
+    found = diffusion.guided(of_labels, guidance, 7)(x, t, labels)
+    torch.testing.assert_close(found, without + guidance * (with_class - without), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(with_class, without)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_guidance_of_v_is_guidance_of_the_noise(sampler):
+    """The same model, asked for v or for the noise that goes with it, draws the same images."""
+    ac = diffusion.alphas_cumprod(T20)
+
+    def asked_for_v(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        bar = ac[t].view(-1, 1, 1, 1)
+        return (of_labels(x, t, labels) - (1 - bar).sqrt() * x) / bar.sqrt()
+
+    found = [
+        diffusion.sample(
+            diffusion.guided(asked, 2.0, 7),
+            diffusion.make_sampler(replace(T20, objective=objective), SampleConfig(sampler=sampler, steps=6)),
+            5,
+            IMAGES,
+            SHAPE,
+            DOUBLE,
+            torch.tensor([2, 0, 1]),
+        )
+        for asked, objective in ((of_labels, "noise"), (asked_for_v, "v"))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
