@@ -12,10 +12,12 @@ from fdiff.errors import RunError, UserError
 from fdiff.registry import register_dataset, register_method, register_model
 
 if TYPE_CHECKING:
-    from fdiff.api import Run, load_config, load_model, open_run, train
+    from fdiff.api import Run, load_config, open_run, train
+    from fdiff.federation import load_model
     from fdiff.plan import everyone
 
 __version__ = "0.1.0"
+_HOMES = {"everyone": "fdiff.plan", "load_model": "fdiff.federation"}  # of those that are not at home in fdiff.api
 __all__ = [
     "Run",
     "RunError",
@@ -35,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """The names of `__all__` that need torch, when they are asked for: importing fdiff alone takes no time."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("fdiff.plan" if name == "everyone" else "fdiff.api"), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "fdiff.api")), name)
 
 
 def __dir__() -> list[str]:

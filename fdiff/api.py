@@ -1,8 +1,8 @@
 """fdiff in Python: a configuration, a training, and the run that it leaves. What `import fdiff` hands on.
 
-    config = fdiff.load_config("mini", **{"federation.rounds": 3})
-    run = fdiff.train(config, ranks=2)
-    images = run.sample(16)
+config = fdiff.load_config("mini", **{"federation.rounds": 3})
+run = fdiff.train(config, ranks=2)
+images = run.sample(16)
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fdiff import federation, registry
 from fdiff.checkpoint import generations
-from fdiff.comm import connect
+from fdiff.comm import SoloCommunicator, connect
 from fdiff.config import Config, flat, from_dict, to_dict
 from fdiff.config_file import as_yaml, lay_over
 from fdiff.errors import RunError, UserError
-from fdiff.federation import Saved
+from fdiff.federation import Saved, Trainer, sampling
 from fdiff.presets import preset as named
 from fdiff.runtime import Stop, die_with_parent, heeding_signals, launcher, set_up
 
@@ -56,6 +57,8 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
         inner = nested
         for group in groups:
             inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{name}: {name.removesuffix(f'.{last}')} has no fields; give each field once")
         inner[last] = os.fspath(value) if isinstance(value, os.PathLike) else value
     return nested
 
@@ -127,6 +130,34 @@ class Run:
         saved, client, ema = self._choose(client, ema, round)
         return federation.model_of(saved, client, ema).eval().to(device)
 
+    def sample(
+        self,
+        n: int,
+        *,
+        classes: Sequence[int] | None = None,
+        seed: int | None = None,
+        first: int = 0,
+        client: int | None = None,
+        ema: bool | None = None,
+        round: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Tensor:
+        """Images of a model, chosen as in `model`: float32 (n, C, H, W) in [0, 1], on the CPU.
+
+        They are those of `fdiff sample`, drawn as the run says. `classes` are shown in turn, by default all; image i
+        starts from its own noise of `seed`, by default the run's, and `first` is the number of the first one.
+        """
+        saved, client, ema = self._choose(client, ema, round)
+        config = saved.config
+        sampling.check_numbers(n, first, seed)
+        if classes is not None:
+            sampling.check_classes(classes, config.model.classes, classes)
+        trainer = Trainer(config, torch.device(device))
+        saved.fill(trainer.buckets, client, ema)
+        seeded = config if seed is None else replace(config, run=replace(config.run, seed=seed))
+        drawn = sampling.draw_all(SoloCommunicator(), trainer, seeded, n, client, saved.round, first, classes)
+        return drawn.float() / 255
+
     def _choose(self, client: int | None, ema: bool | None, round: int | None) -> tuple[Saved, int | None, bool]:
         """The checkpoint, the client and whether its moving average is meant."""
         kept = self.checkpoints
@@ -173,6 +204,9 @@ def _train_here(config: Config, resume: bool) -> None:
 
 
 def _train_in(ranks: int, config: Config, resume: bool) -> None:
+    for field in registry.FIELDS:
+        if registry.is_registered(field, name := flat(to_dict(config))[field]):
+            raise UserError(f"{field}: {name!r} is known to this process alone; name it as MODULE:NAME, for the ranks")
     code = [f"--{f}={v}" for f, v in flat(to_dict(config)).items() if f in registry.FIELDS and registry.is_reference(v)]
     flags = [*(["--resume"] if resume else []), *(["--data.changed=true"] if config.data.changed else [])]
     with tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
 
 _registered: dict[str, dict[str, Any]] = {field: {} for field in FIELDS}
 _allowed: dict[str, set[str]] = {field: set() for field in FIELDS}
+_expected: dict[str, set[str]] = {field: set() for field in FIELDS}
 
 
 def register_method(name: str, table: Any) -> None:
@@ -68,14 +69,29 @@ def is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text))
 
 
-def allow(field: str, reference: str) -> None:
-    """Let this MODULE:NAME be loaded for that field: a person, or the Python caller, has named it."""
+def allow(field: str, reference: str, of_run: bool = False) -> None:
+    """Let this MODULE:NAME be loaded for that field: a person, or the Python caller, has named it.
+
+    With `of_run` a command was told that the run which it opens was made with it: it may be made with no other.
+    """
     _allowed[field].add(reference)
+    if of_run:
+        _expected[field].add(reference)
 
 
 def allowed(field: str) -> list[str]:
     """What `allow` was told for that field."""
     return sorted(_allowed[field])
+
+
+def expected(field: str) -> list[str]:
+    """What a command was told of the run that it opens."""
+    return sorted(_expected[field])
+
+
+def is_registered(field: str, name: str) -> bool:
+    """Whether only this process knows the name."""
+    return name in _registered[field]
 
 
 def names(field: str) -> list[str]:

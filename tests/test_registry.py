@@ -13,7 +13,7 @@ from fdiff.errors import UserError
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     """A folder to work in, nothing registered, and no module left behind."""
-    for name in ("_registered", "_allowed"):
+    for name in ("_registered", "_allowed", "_expected"):
         monkeypatch.setattr(registry, name, {field: type(v)() for field, v in getattr(registry, name).items()})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -119,7 +119,7 @@ def _allow_code(flags: Sequence[str], again: bool) -> None:
     """Let the code be loaded that these flags name, or name `again`: then they name nothing else. UserError."""
     for name, _, value in (flag.removeprefix("--").partition("=") for flag in flags if flag.startswith("--")):
         if name in registry.FIELDS and registry.is_reference(value):
-            registry.allow(name, value)
+            registry.allow(name, value, of_run=again)
         elif name in registry.FIELDS and again:
             raise UserError(f"--{name}: {value!r} is not MODULE:NAME; only code has to be named again, so leave it out")
 

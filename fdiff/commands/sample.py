@@ -15,11 +15,8 @@ import torch
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.data import check_target, save_images
-from fdiff.errors import UserError
 from fdiff.evaluation import sampling_config
 from fdiff.federation import Trainer, choose_model, model_name, on_rank_0, open_together, sampling, together
-
-INDICES = 2**32  # of images that there is noise for: see `fdiff.model.noise`
 
 
 def run(
@@ -57,7 +54,7 @@ def run(
         steps: Steps of ddim; by default what the run used.
         batch_size: Images a sampling step; by default what the run used.
     """
-    together(comm, lambda: _check_numbers(images, first, seed))
+    together(comm, lambda: sampling.check_numbers(images, first, seed))
     on_rank_0(comm, lambda: check_target(out))
     saved = open_together(comm, checkpoint)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size, "guidance": guidance}
@@ -78,23 +75,10 @@ def run(
         print(f"{images} images of {model_name(client, average, saved.round)}: {out}")
 
 
-def _check_numbers(images: int, first: int, seed: int | None) -> None:
-    if not 1 <= images <= INDICES:
-        raise UserError(f"--images: {images} is not valid; it must be at least 1, and at most 2^32")
-    if not 0 <= first <= INDICES - images:
-        raise UserError(f"--first: {first} is not valid; it must be at least 0, and at most 2^32 less --images")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UserError(f"--seed: {seed} is not valid; it must be in [0, 2^63)")
-
-
 def _classes(given: str | None, classes: int) -> list[int] | None:
     """The numbers of the classes that are asked for; None for all."""
     if given is None:
         return None
-    if not classes:
-        raise UserError(f"--classes: {given!r} is not valid; the run was trained without classes: leave it out")
     numbers = [int(word) if re.fullmatch("[0-9]{1,9}", word.strip()) else -1 for word in given.split(",")]
-    if not all(0 <= number < classes for number in numbers):
-        right = f"numbers from 0 to {classes - 1}, e.g. 0,{classes - 1}"
-        raise UserError(f"--classes: {given!r} is not valid; give {right}")
+    sampling.check_classes(numbers, classes, given)
     return numbers

@@ -58,15 +58,20 @@ def check_choice(saved: Saved, client: int | None, ema: bool) -> None:
         raise UserError(f"--ema: {saved.path} has no moving averages; train with --optim.ema, or leave it out")
 
 
+def model_of(saved: Saved, client: int | None, ema: bool) -> nn.Module:
+    """A model of a checkpoint, as `Saved.parameters` tells which, on the CPU in the precision of its training."""
+    model = build_model(saved.config)
+    dtype = torch.float64 if saved.config.runtime.precision == "float64" else torch.float32
+    saved.fill(Buckets(model, shared_parts(saved.config)).to("cpu", dtype), client, ema)
+    return model
+
+
 def save_model(path: Path, saved: Saved, client: int | None, ema: bool) -> None:
     """Write a model of a checkpoint, as `Saved.parameters` tells which; the file appears only when complete.
 
     UserError if the path cannot be written.
     """
-    model = build_model(saved.config)
-    dtype = torch.float64 if saved.config.runtime.precision == "float64" else torch.float32
-    saved.fill(Buckets(model, shared_parts(saved.config)).to("cpu", dtype), client, ema)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in model_of(saved, client, ema).named_parameters()}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(to_dict(saved.config)),

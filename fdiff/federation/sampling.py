@@ -12,15 +12,35 @@ from tqdm import tqdm
 
 from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config
-from fdiff.errors import RunError, one_line
+from fdiff.errors import RunError, UserError, one_line
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Trainer
 from fdiff.federation.sample_batches import Batch, batches, grid_batches
 from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
 
+INDICES = 2**32  # of images that there is noise for: see `fdiff.model.noise`
 Progress = Callable[[Iterable[int]], Iterable[int]]
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+def check_numbers(images: int, first: int, seed: int | None) -> None:
+    """UserError unless there is noise for so many images from that one on, and of that seed."""
+    if not 1 <= images <= INDICES:
+        raise UserError(f"--images: {images} is not valid; it must be at least 1, and at most 2^32")
+    if not 0 <= first <= INDICES - images:
+        raise UserError(f"--first: {first} is not valid; it must be at least 0, and at most 2^32 less --images")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed: {seed} is not valid; it must be in [0, 2^63)")
+
+
+def check_classes(numbers: Sequence[int], classes: int, given: object) -> None:
+    """UserError, with what was `given`, unless these are numbers of a run's classes, of which there are so many."""
+    if not classes:
+        raise UserError(f"--classes: {given!r} is not valid; the run was trained without classes: leave it out")
+    if not numbers or not all(0 <= number < classes for number in numbers):
+        right = f"numbers from 0 to {classes - 1}, e.g. 0,{classes - 1}"
+        raise UserError(f"--classes: {given!r} is not valid; give {right}")
 
 
 def draw(

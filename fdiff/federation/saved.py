@@ -94,7 +94,7 @@ def _check_named(path: Path, config: Config) -> None:
     """UserError if the command line names other code than the run's."""
     fields = flat(to_dict(config))
     for field in registry.FIELDS:
-        if (named := registry.allowed(field)) and fields[field] not in named:
+        if (named := registry.expected(field)) and fields[field] not in named:
             raise UserError(f"{field}: {path} was made with {fields[field]}, not with {named[0]}; leave the flag out")
 
 
