@@ -87,7 +87,7 @@ def without_optimizer(trainer: Trainer) -> None:
 def test_a_training_step_asks_the_device_for_nothing_and_the_optimizer_sees_one_tensor():
     trainer = Trainer(replace(mini(), optim=OptimConfig(batch_size=4)), CPU)
     images, labels = torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    assert [len(group["params"]) for group in trainer._optimizer.param_groups] == [1]
+    assert [len(group["params"]) for group in trainer._optimizer._adam.param_groups] == [1]
     without_optimizer(trainer)
     with Ops() as ops:
         trainer.step(images, labels)

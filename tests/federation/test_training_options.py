@@ -21,7 +21,7 @@ from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.local_optimizer import STEPS, clip, decay_at, rate_at
 from fdiff.federation.validate import check_client, has_client_files
-from fdiff.model import build_model, describe_model, drop_labels, layout_of
+from fdiff.model import build_model, check_forward, describe_model, drop_labels, label_rows, layout_of
 
 CPU = torch.device("cpu")
 BASE = Config(
@@ -164,6 +164,25 @@ def test_labels_are_dropped_as_often_as_asked_for_and_only_in_training(monkeypat
     assert trainer.buckets.grad.isfinite().all()
 
 
+class OwnModel(torch.nn.Module):
+    """A model of somebody's own that knows so many labels."""
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.label = torch.nn.Embedding(labels, 1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return x + self.label(labels).view(-1, 1, 1, 1)
+
+
+def test_a_model_of_ones_own_that_lacks_a_row_for_no_class_is_told_before_it_trains():
+    config = replace(BASE, model=replace(BASE.model, classes=3, class_dropout=0.1))
+    check_forward(OwnModel(label_rows(config.model)), config)
+    check_forward(OwnModel(3), replace(config, model=replace(config.model, class_dropout=0.0)))
+    with pytest.raises(UserError, match="fails on images of .1, 8, 8. .IndexError: index out of range"):
+        check_forward(OwnModel(3), config)
+
+
 def test_the_plain_loop_of_the_benchmarks_follows_the_objective():
     every = replace(BASE.optim, warmup_steps=5, grad_clip=0.5, weight_decay=0.1, ema=0.9, ema_warmup=True)
     config = replace(
@@ -224,7 +243,11 @@ ONLY_STEPS = "--optim.lr 1e-3 --optim.warmup_steps 7 --federation.fraction 0.75 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("method", "options"), [("full", ONLY_STEPS), pytest.param("udec", EVERYTHING, marks=pytest.mark.rare)]
+    ("method", "options"),
+    [
+        ("full", ONLY_STEPS),
+        pytest.param("udec", EVERYTHING, marks=pytest.mark.rare),  # the steps are all that is new of what is kept
+    ],
 )
 def test_a_run_on_two_ranks_resumed_on_one_ends_as_one_never_stopped(tmp_path, method, options):
     """Clients sit out rounds, stop in the middle of their warm-up, and go on on another rank."""

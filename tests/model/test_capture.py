@@ -162,7 +162,7 @@ def test_what_is_captured_and_compiled_where():
     assert not capture.compiles(gpu, "eager") and not capture.compiles(gpu, "captured")
 
 
-@pytest.mark.rare
+@pytest.mark.rare  # the step and the drawing of `OPTIONS` are run captured by every run
 def test_with_options_training_and_sampling_compile_once_each(monkeypatch):
     """Warm-ups change from step to step, and guidance doubles the batch: no graph has them as a number or a shape."""
     config, counter = compiling(monkeypatch)
