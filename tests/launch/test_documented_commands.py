@@ -15,7 +15,8 @@ from fdiff.commands.flags import COMMANDS, parse
 ROOMS = ("fdiff", "launch", "slurm", "tests")
 TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
 READMES = [ROOT / "README.md", *sorted(p for room in ROOMS for p in (ROOT / room).rglob("README.md"))]
-SCRIPTS = [*TEMPLATES, *sorted(p for p in (ROOT / "launch").iterdir() if p.is_file() and p.suffix != ".md")]
+OTHER = (".md", ".ipynb")
+SCRIPTS = [*TEMPLATES, *sorted(p for p in (ROOT / "launch").iterdir() if p.is_file() and p.suffix not in OTHER)]
 TEXTS = [*READMES, *SCRIPTS]
 PLACEHOLDER = re.compile(r"\[[^]]*\] ?")  # `sbatch [sbatch options] FILE [--] FLAGS`
 
