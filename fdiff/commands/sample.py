@@ -10,7 +10,7 @@ import torch
 
 from fdiff.comm import Communicator
 from fdiff.config import Config, RuntimeConfig
-from fdiff.data import check_target, save_images
+from fdiff.data import check_target, needs_array, save_images
 from fdiff.errors import UserError
 from fdiff.evaluation import sampling_config
 from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_together, private_parts, sampling, together
@@ -35,7 +35,8 @@ def run(
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
         runtime: Where and how it runs.
-        out: FILE.png for one grid, FILE.h5 for a dataset `images`, anything else for a folder of PNGs.
+        out: FILE.png for one grid, FILE.h5 for a dataset `images`, anything else for a folder of PNGs; where PNGs
+            cannot hold the images, FILE.npy is written beside the grid, or images.npy into the folder.
         images: How many.
         client: Whose model, where clients keep private parts; by default client 0.
         ema: The moving average instead of the last weights; by default if the checkpoint has it.
@@ -48,10 +49,12 @@ def run(
     saved = open_together(comm, checkpoint)
     chosen = {"sampler": sampler, "steps": steps, "batch_size": batch_size}
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
+    data = config.data
+    on_rank_0(comm, lambda: check_target(out, needs_array(data.shape[0], data.range)))
     client = 0 if client is None and private_parts(config) else client
     trainer = together(comm, lambda: _trainer_with(saved, config, device, client, ema))
     drawn = sampling.draw_all(comm, trainer, config, images, client, saved.round)
-    on_rank_0(comm, lambda: save_images(drawn, out))
+    on_rank_0(comm, lambda: save_images(drawn, out, data.range))
     if comm.rank == 0:
         print(f"{images} images of round {saved.round}: {out}")
 

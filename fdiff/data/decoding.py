@@ -51,8 +51,8 @@ File = Path | Encoded
 class Header:
     """What an image file says of itself. Height and width are in pixels, and swapped where the image is to be turned.
 
-    `colour`, `transparent`, `frames` and `deep`: whether it has colours, may have transparent pixels, has several frames
-    or pages, has 16 bits a channel.
+    `colour`, `transparent`, `frames` and `deep`: whether it has colours, may have transparent pixels, has several
+    frames or pages, has 16 bits a channel.
     """
 
     height: int
@@ -167,7 +167,8 @@ def _is_deep(path: File, image: Image.Image) -> bool:
     found = f"mode {image.mode}" if image.mode not in kinds and not (deep and image.mode.startswith(DEEP)) else None
     for tile in image.tile:
         args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-        if any(isinstance(a, str) and ";16" in a and not a.startswith("BGR") for a in args) and not deep:  # BMP: 3 in 16
+        packed = any(isinstance(a, str) and ";16" in a and not a.startswith("BGR") for a in args)  # BMP: three in 16
+        if packed and not deep:
             found = "16 bits a channel"
         if tile.codec_name.startswith("ppm") and args[-1] > 255:
             found = f"values up to {args[-1]}"
@@ -186,8 +187,8 @@ def _is_deep(path: File, image: Image.Image) -> bool:
         found = "16 bits a channel and a colour that is transparent"
     if found:
         raise UserError(
-            f"{path}: has {found}; convert it to 8 bits a channel, grey or RGB, with or without alpha, or to 16 in PNG or "
-            "TIFF"
+            f"{path}: has {found}; convert it to 8 bits a channel, grey or RGB, with or without alpha, or to 16 bits in "
+            "PNG or TIFF"
         )
     return deep
 

@@ -34,7 +34,9 @@ WHATEVER = (
 class Hdf5Images(StoredArrays):
     """The images of a split, or some of them, in the file. `axes` has the letters of the stored axes in their order."""
 
-    def __init__(self, silo: Silo, name: str, axes: str, shape: Sequence[int], dtype: np.dtype, rows: np.ndarray) -> None:
+    def __init__(
+        self, silo: Silo, name: str, axes: str, shape: Sequence[int], dtype: np.dtype, rows: np.ndarray
+    ) -> None:
         self._silo, self._name, self._axes, self._stored, self.dtype = silo, name, axes, tuple(shape), dtype
         self._rows, self._axis = rows, axes.index("N")
         sizes = dict(zip(axes, shape, strict=True))
@@ -125,8 +127,12 @@ def _read_facts(silo: Silo, path: Path, split: str, data: DataConfig) -> Split:
         axes = _infer_axes(path, names[0], seen, found, matlab, data.channels)
     check_type(f"{path}: {names[0]}", dtype, seen, data)
     n = seen[axes.index("N")]
-    if (pixels := math.prod(shape) // n) > data.max_pixels * CHANNELS or 16 * n > free_memory(torch.device("cpu")):
-        raise UserError(f"{path}: {names[0]} is {seen} by {axes}: {n} images of {pixels} values are more than memory holds")
+    pixels, free = seen[axes.index("H")] * seen[axes.index("W")], free_memory(torch.device("cpu"))
+    if pixels > data.max_pixels or 16 * n > free:
+        raise UserError(
+            f"{path}: {names[0]} are {seen}, by {axes} {n} images of {pixels} pixels; these are more than "
+            + (f"data.max_pixels = {data.max_pixels}" if pixels > data.max_pixels else "the free memory has room for")
+        )
     labels = None
     if facts["labels"]:
         labels = _labels(path, names[1], silo.reader().labels((found,), facts["labels"]["dtype"]), n)

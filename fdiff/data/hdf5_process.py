@@ -89,7 +89,9 @@ class Reader:
             self._process.stdin.write(f"{what}\n".encode())
             self._fill(memoryview(array.reshape(-1).view(np.uint8)))
         except BrokenPipeError:
-            raise self._died() from None
+            error = self._died()
+            self.close()
+            raise error from None
         except BaseException:  # it is in the middle of an answer
             self.close()
             raise

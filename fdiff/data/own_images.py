@@ -2,8 +2,8 @@
 
 `opener(root, split)` is called with `data.root` (None if not given) and `train` or `test`. What it returns has a
 length, images by index, arrays (H, W) or (H, W, C) with C 1 to 16, and an attribute `labels`: whole numbers from 0, one
-of each image, or None. The arrays are uint8, or where `data.range` is given, uint16 or floating point. It is forked into
-loader processes.
+of each image, or None. The arrays are uint8, or where `data.range` is given, uint16 or floating point. It is forked
+into loader processes.
 """
 
 from __future__ import annotations

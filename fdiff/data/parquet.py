@@ -237,5 +237,6 @@ def _pyarrow() -> Any:
         import pyarrow.compute
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError("data.dataset: Parquet needs pyarrow, which is not installed; pip install 'fdiff[parquet]'") from None
+        needs = "data.dataset: Parquet needs pyarrow, which is not installed; pip install 'fdiff[parquet]'"
+        raise UserError(needs) from None
     return pyarrow

@@ -110,8 +110,8 @@ class _Base:
         self.name, self.shape, self.labelled = split.name, data.shape, split.labels is not None
         self.no_labels, self._range = split.no_labels, data.range
         self.dtype = torch.uint8 if data.range is None else torch.float32
-        if (found := split.alike) and found[0] != self.shape[0] and {found[0], self.shape[0]} != {1, 3}:
-            raise UserError(f"data.channels: {self.shape[0]} is not valid with {split.name}, whose images have {found[0]}")
+        if split.alike:
+            _check_channels(self.shape[0], split.alike[0], split.name)
         self.labels = np.zeros(len(split), np.int64) if split.labels is None else split.labels.astype(np.int64)
 
     def __len__(self) -> int:
@@ -168,14 +168,8 @@ class FileSource(_OneByOne):
         file, (channels, side, _) = self.paths[index], self.shape
         if self._range is None:
             return fit(decode(file, self._max_pixels, self._background), side, channels)
-        values = decode_values(file, self._max_pixels, self._background)[None]
-        if values.dtype == np.uint8 and self._range != FULL:  # white is white whatever the bits, but of no other range
-            raise UserError(f"data.range: {file} has 8 bits a channel, whose values do not go over {told(self._range)}")
-        if values.dtype == np.uint8:
-            scaled = normalise(torch.from_numpy(values), torch.float32)
-        else:
-            scaled = scale(values, self._range, lambda _: str(file))
-        return prepare(scaled, side, channels)[0]
+        values = decode_values(file, self._max_pixels, self._background)
+        return prepare(scale_file(values, self._range, str(file))[None], side, channels)[0]
 
     def identity(self) -> Iterator[bytes]:
         if isinstance(self.paths, Stored):
@@ -184,6 +178,19 @@ class FileSource(_OneByOne):
         for path in self.paths:
             state = path.stat()
             yield f"{path} {state.st_size} {state.st_mtime_ns}\n".encode()
+
+
+def scale_file(values: np.ndarray, limits: tuple[float, float], file: str) -> Tensor:
+    """float32 (C, H, W) in [-1, 1] of the uint8 or uint16 pixels of an image file.
+
+    UserError for a value outside the limits, and for 8 bits where the limits are not all that 16 bits hold: only then
+    white is white in both.
+    """
+    if values.dtype != np.uint8:
+        return scale(values[None], limits, lambda _: file)[0]
+    if limits != FULL:
+        raise UserError(f"data.range: {file} has 8 bits a channel, whose values do not go over {told(limits)}")
+    return normalise(torch.from_numpy(values), torch.float32)
 
 
 class StoredSource(_OneByOne):
@@ -196,10 +203,7 @@ class StoredSource(_OneByOne):
     def image(self, index: int) -> Tensor:
         channels, side, _ = self.shape
         values = self._images.image(index)[None]
-        if values.shape[1] != channels and {values.shape[1], channels} != {1, 3}:
-            raise UserError(
-                f"data.channels: {channels} is not valid with {self._images.where(index)}, which has {values.shape[1]}"
-            )
+        _check_channels(channels, values.shape[1], self._images.where(index))
         if self._range is None:
             images = torch.from_numpy(values)
         else:
@@ -208,6 +212,12 @@ class StoredSource(_OneByOne):
 
     def identity(self) -> Iterator[bytes]:
         return (self.image(index).numpy().tobytes() for index in range(len(self)))
+
+
+def _check_channels(wanted: int, found: int, where: str) -> None:
+    """UserError unless they are the same, or grey and RGB."""
+    if wanted != found and {wanted, found} != {1, 3}:
+        raise UserError(f"data.channels: {wanted} is not valid with {where}, with {found} channels; leave it out")
 
 
 def check_labels(source: Source, classes: int) -> None:

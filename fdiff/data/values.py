@@ -30,7 +30,7 @@ def check_type(what: str, dtype: np.dtype, shape: Sequence[int], data: DataConfi
         example = "[0,65535]" if dtype.kind == "u" else "[0,1]"
         raise UserError(f"{found}; it must be uint8, or its range be given as --data.range [LOW,HIGH], e.g. {example}")
     if dtype == np.uint8 and data.range is not None:
-        raise UserError(f"data.range: {found}, whose values go from 0 to 255, not over {told(data.range)}; leave it out")
+        raise UserError(f"data.range: {found}, with values from 0 to 255, not over {told(data.range)}; leave it out")
 
 
 def told(limits: tuple[float, float]) -> str:
