@@ -187,8 +187,8 @@ def _is_deep(path: File, image: Image.Image) -> bool:
         found = "16 bits a channel and a colour that is transparent"
     if found:
         raise UserError(
-            f"{path}: has {found}; convert it to 8 bits a channel, grey or RGB, with or without alpha, or to 16 bits in "
-            "PNG or TIFF"
+            f"{path}: has {found}; convert it to 8 bits a channel, or in PNG or TIFF 16, grey or RGB, with or without "
+            "alpha"
         )
     return deep
 

@@ -79,7 +79,7 @@ def _over(pixels: np.ndarray, ground: list[int], associated: bool) -> np.ndarray
 def _tiff(image: Image.Image) -> np.ndarray:
     """(C, H, W), C 3 or 4."""
     tags, file = image.tag_v2, image.fp
-    channels, (width, height) = tags[SAMPLES], image.size
+    channels, width, height = tags[SAMPLES], tags[WIDTH], tags[HEIGHT]  # as stored: the image may lie on its side
     predictor = tags.get(PREDICTOR, 1) if tags.get(COMPRESSION, 1) in PREDICTED else 1
     if predictor not in (1, HORIZONTAL):
         raise ValueError(f"predictor {predictor}")

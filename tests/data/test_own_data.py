@@ -413,7 +413,8 @@ def test_a_reader_that_a_file_kills_is_named(tmp_path: Path, monkeypatch) -> Non
     deadly = tmp_path / "reader.py"
     deadly.write_text("import os, signal\nprint('{', end='', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setattr("fdiff.data.hdf5_reader.__file__", str(deadly))
-    refusal(lambda: read_hdf5(tmp_path / "c0.h5", "train", DataConfig()), str(tmp_path / "c0.h5"), "SIGSEGV", "replace it")
+    words = (str(tmp_path / "c0.h5"), "SIGSEGV", "replace it")
+    refusal(lambda: read_hdf5(tmp_path / "c0.h5", "train", DataConfig()), *words)
 
 
 def test_a_reader_that_stands_still_is_given_up(tmp_path: Path, monkeypatch) -> None:
