@@ -25,6 +25,11 @@ WHITE = 65535
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+def be_ready() -> None:
+    """Load what takes seconds to load, in this process and not anew in each that it forks."""
+    import torchvision.io  # noqa: F401
+
+
 def read_16_bits(image: Image.Image, ground: list[int]) -> np.ndarray:
     """uint16 (C, H, W), C 1 or 3, of an opened PNG or TIFF; what is transparent lies on `ground` (R, G, B).
 

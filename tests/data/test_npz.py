@@ -41,7 +41,8 @@ def medmnist(path: Path, n: int = 6, *channels: int, **more: np.ndarray) -> Data
     """As MedMNIST writes them: labels (n, 1), and validation images, which are used for nothing."""
     arrays = {}
     for i, split in enumerate(("train", "val", "test")):
-        arrays |= {f"{split}_images": pixels(n + i, 8, 8, *channels, seed=i), f"{split}_labels": np.arange(n + i)[:, None]}
+        arrays[f"{split}_images"] = pixels(n + i, 8, 8, *channels, seed=i)
+        arrays[f"{split}_labels"] = np.arange(n + i)[:, None]
     return write(path, **arrays | more)
 
 
@@ -140,7 +141,7 @@ UNFIT = {
     "few labels": ({"train_images": pixels(2, 8, 8), "train_labels": np.arange(3)}, "train_labels is int64 (3,)"),
     "fractions": ({"train_images": pixels(2, 8, 8), "train_labels": np.array([0.0, 1])}, "float64", "whole numbers"),
     "below 0": ({"train_images": pixels(2, 8, 8), "train_labels": np.array([0, -1])}, "from -1 to 0"),
-    "beyond": ({"train_images": pixels(2, 8, 8), "train_labels": np.array([0, 2**63], np.uint64)}, "must be 0 or above"),
+    "beyond": ({"train_images": pixels(2, 8, 8), "train_labels": np.array([0, 2**63], np.uint64)}, "be 0 or above"),
 }
 
 

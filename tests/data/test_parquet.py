@@ -83,7 +83,8 @@ def test_images_and_labels_are_those_of_all_files(tmp_path: Path, below: str, pl
     assert source.labels.tolist() == [i % 3 for i in range(10)]
     assert open_source(data, "test").labels.tolist() == [2, 0]
     assert read_split(data, "train").classes == tuple(NAMES)
-    opened = open_data(Config(data=replace(data, image_side=None), model=ModelConfig(dim_mults=(1,))), SoloCommunicator())
+    config = Config(data=replace(data, image_side=None), model=ModelConfig(dim_mults=(1,)))
+    opened = open_data(config, SoloCommunicator())
     assert opened.sources[0].labels.tolist() == source.labels.tolist()  # numbered as in the file, not by name
 
 
