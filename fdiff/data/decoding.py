@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, _imaging
 
-from fdiff.data.deep_pixels import read_16_bits, upright
+from fdiff.data.deep_pixels import read_16_bits
 from fdiff.errors import UserError, first_line
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -98,7 +98,7 @@ def decode_values(path: File, max_pixels: int, background: str) -> np.ndarray:
     with _opened(path, max_pixels) as (image, deep):
         if deep:
             ground = [257 * level for level in ImageColor.getrgb(background)]
-            return upright(read_16_bits(image, ground), image)
+            return read_16_bits(image, ground)
     pixels = np.array(decode(path, max_pixels, background))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

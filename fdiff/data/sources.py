@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fdiff.config import DataConfig
 from fdiff.data.decoding import decode, decode_values
-from fdiff.data.deep_pixels import be_ready
 from fdiff.data.images import BLOCK, fit, normalise, prepare
 from fdiff.data.stored import Stored, StoredArrays
 from fdiff.data.values import FULL, scale, told
@@ -162,8 +161,6 @@ class FileSource(_OneByOne):
     def __init__(self, split: Split, data: DataConfig) -> None:
         super().__init__(split, data)
         self.paths, self._max_pixels, self._background = split.images, data.max_pixels, data.background
-        if data.range is not None:
-            be_ready()
         if self.shape[0] not in (1, 3):
             raise UserError(f"data.channels: {self.shape[0]} is not valid with {split.name}: image files have 1 or 3")
 
