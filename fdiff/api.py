@@ -156,7 +156,8 @@ class Run:
         saved.fill(trainer.buckets, client, ema)
         seeded = config if seed is None else replace(config, run=replace(config.run, seed=seed))
         drawn = sampling.draw_all(SoloCommunicator(), trainer, seeded, n, client, saved.round, first, classes)
-        return drawn.float() / 255
+        low, high = config.data.range or (0, 255)
+        return (drawn.float() - low) / (high - low)
 
     def _choose(self, client: int | None, ema: bool | None, round: int | None) -> tuple[Saved, int | None, bool]:
         """The checkpoint, the client and whether its moving average is meant."""

@@ -62,13 +62,17 @@ class DataConfig:
 
     dataset: str = "embedded"
     """The data set: embedded (an excerpt of Fashion-MNIST in the package, 2,000 + 500 images), fashion-mnist, celeba,
-    cifar10, folder, silos (with partition `private`), or your own as MODULE:NAME."""
+    cifar10, folder, npz (arrays as MedMNIST has them), parquet (a folder as Hugging Face has them), silos (with
+    partition `private`), or your own as MODULE:NAME."""
     root: str | None = None
-    """Folder of the data set; with partition `private` a template with {client}: a folder or an HDF5 file each."""
+    """Folder, or file, of the data set; with partition `private` a template with {client}: a folder or a file each."""
     image_side: int | None = None
     """Side of the square images that the model sees, in pixels; by default that of the images found."""
     channels: int | None = None
-    """1 (greyscale) or 3 (RGB); by default what the images found have."""
+    """1 (greyscale), 3 (RGB), or of arrays any number up to 16; by default what the images found have."""
+    range: tuple[float, float] | None = None
+    """[LOW,HIGH], the values that stand for black and white, of images that are arrays of more than 8 bits; by default
+    [0,65535] of image files of 16 bits a channel, and of 8-bit images, of which none may be given, 0 to 255."""
     axes: str | None = None
     """What the axes of a silo's HDF5 images are: N, H, W and C in their order, e.g. NHWC; by default inferred."""
     background: str = "white"
@@ -90,7 +94,8 @@ class DataConfig:
     test_limit: int | None = None
     """Use only so many test images, drawn once with `seed`."""
     in_memory: Literal["auto", "always", "never"] = "auto"
-    """Keep a client's images on the device as uint8; `auto`: where they take at most half of the free memory."""
+    """Keep a client's images on the device, as uint8, or float32 if they have more bits; `auto`: where they take at
+    most half of the free memory."""
     workers: int = 2
     """Loader processes for images that do not fit in memory."""
     flip: bool = False
@@ -110,6 +115,11 @@ class DataConfig:
                 "--data.image_side and --data.channels"
             )
         return channels, side, side
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value of an image as it is held and sent: uint8, or float32 if it has a range."""
+        return 1 if self.range is None else 4
 
 
 # Of data sets whose images are all alike, so that nobody has to look at them.
@@ -295,7 +305,8 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, DataConfig) and self.data.partition == "private" and self.data.dataset in DATASETS:
+        silos = isinstance(self.data, DataConfig) and self.data.partition == "private"
+        if silos and self.data.dataset in set(DATASETS) - {"npz", "parquet"}:
             object.__setattr__(self, "data", replace(self.data, dataset="silos"))
         validate(self)
         object.__setattr__(self, "method", _canonical(self.method, self.model.kind))
@@ -394,6 +405,8 @@ def _check_relations(config: Config) -> None:
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
             "--data.partition private"
         )
+    if data.dataset == "npz" and data.in_memory == "never":
+        raise UserError("data.in_memory: never is not valid with data.dataset npz, which is held in memory; use auto")
     if data.partition == "private" and "{client}" not in (data.root or ""):
         raise UserError(
             f"data.root: {data.root!r} is not valid with data.partition private; it must be a path with {{client}} "
@@ -436,7 +449,8 @@ def from_dict(values: dict[str, Any]) -> Config:
             raise UserError(f"{group}: {given!r} is not valid; it must be a group of fields")
         if unknown := set(given) - {f.name for f in dataclasses.fields(cls)}:
             raise _no_such_field(f"{group}.{min(map(str, unknown))}")
-        given = {k: tuple(v) if k == "dim_mults" and isinstance(v, list) else v for k, v in given.items()}
+        lists = {name for name, hint in get_type_hints(cls).items() if checks.tuple_of(hint)}
+        given = {k: tuple(v) if k in lists and isinstance(v, list) else v for k, v in given.items()}
         groups[group] = cls(**given)
     if unknown := set(values) - {"method"}:
         raise _no_such_field(min(map(str, unknown)))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from fdiff import registry
 from fdiff.errors import UserError
 
+LISTS = {int: "whole numbers", float: "finite numbers"}
 SMALLEST = 2.0**-126  # that float32 holds to its full precision
 
 
@@ -36,9 +37,11 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
         if value not in get_args(annotation):
             raise UserError(f"{name}: {value!r} is not valid; choose one of {', '.join(get_args(annotation))}")
         return
-    if get_origin(annotation) is tuple:
-        if not (isinstance(value, tuple) and all(type(v) is int for v in value)):
-            raise UserError(f"{name}: {value!r} is not valid; it must be a list of whole numbers")
+    if (numbers := tuple_of(annotation)) and not (value is None and type(None) in get_args(annotation)):
+        if not isinstance(value, tuple):
+            raise UserError(f"{name}: {value!r} is not valid; it must be a list of {LISTS[numbers]}")
+        if not all(type(v) in (int, numbers) and abs(v) <= sys.float_info.max for v in value):
+            raise UserError(f"{name}: {list(value)!r} is not valid; it must be a list of {LISTS[numbers]}")
         return
     allowed = (dict,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
     number = float in allowed and type(value) is int
@@ -47,6 +50,12 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
         raise UserError(f"{name}: {value!r} is not valid; it must be of type {names}")
     if (number or isinstance(value, float)) and not abs(value) <= sys.float_info.max:
         raise UserError(f"{name}: {value!r} is not valid; it must be a finite number")
+
+
+def tuple_of(annotation: Any) -> type | None:
+    """The type of the members, if the annotation is, or may be, a tuple; else None."""
+    kinds = (annotation, *get_args(annotation))
+    return next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
 
 
 def is_option(item: tuple[Any, Any]) -> bool:

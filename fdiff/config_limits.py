@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from struct import pack, unpack
 from typing import Any
 
 from fdiff.config_checks import is_option
@@ -12,6 +13,14 @@ MANY = 1_000_000  # of anything that a run does one after the other
 
 def _between(low: int, high: int) -> tuple[Any, str]:
     return lambda v: low <= v <= high, f"between {low} and {high}"
+
+
+def _is_range(values: tuple[float, ...]) -> bool:
+    """Whether they are a lower and a higher limit, also as float32."""
+    if len(values) != 2 or max(map(abs, values)) > 1e30:
+        return False
+    low, high = unpack("2f", pack("2f", *values))
+    return low < high
 
 
 # Field: (predicate, what would be right). Types and choices are checked first, from the annotations. Every number has
@@ -27,7 +36,11 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "federation.server_tau": (lambda v: 0 < v <= MANY, f"greater than 0, and at most {MANY}"),
     "federation.proximal_mu": _between(0, MANY),
     "data.image_side": (lambda v: v is None or 1 <= v <= 4096, "between 1 and 4096 pixels, or null"),
-    "data.channels": (lambda v: v in (None, 1, 3), "1, 3 or null"),
+    "data.channels": (lambda v: v is None or 1 <= v <= 16, "between 1 and 16, or null"),
+    "data.range": (
+        lambda v: v is None or _is_range(v),
+        "two numbers [LOW,HIGH] with LOW below HIGH, at most 1e30 and different as float32, or null",
+    ),
     "data.axes": (
         lambda v: v is None or sorted(v) in (sorted("NHW"), sorted("NHWC")),
         "the letters N, H, W and, for colour, C in the order of the axes, e.g. NHWC, or null",

@@ -22,7 +22,7 @@ FIELDS = {"method": "fdiff.methods", "model.kind": "fdiff.models", "data.dataset
 BUILT_IN = {
     "method": ("full", "usplit", "ulatdec", "udec"),
     "model.kind": ("unet",),
-    "data.dataset": ("embedded", "fashion-mnist", "celeba", "cifar10", "folder", "silos"),
+    "data.dataset": ("embedded", "fashion-mnist", "celeba", "cifar10", "folder", "npz", "parquet", "silos"),
 }
 PARTS = ("encoder", "bottleneck", "decoder")  # of fdiff's own models, in order: methods that share them alone
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")

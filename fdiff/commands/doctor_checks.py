@@ -49,6 +49,7 @@ def check_node(config: Config, launch: Launch) -> list[Finding]:
         _slurm(),
         _package("submitit", "fdiff submit", "slurm"),
         _package("matplotlib", "fdiff report and partition --plot", "report"),
+        _package("pyarrow", "data.dataset parquet", "parquet"),
         *_data(config),
         _inception(),
         _run_folder(config.run_dir),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fdiff.data.cifar10 import CIFAR10_URL
 from fdiff.data.folder import merge_classes
 from fdiff.data.images import normalise
-from fdiff.data.inspection import Findings, infer_shape, inspect, merge
+from fdiff.data.inspection import Findings, colours, infer_shape, inspect, merge
 from fdiff.data.listing import fingerprint, first_difference, list_split
 from fdiff.data.loaders import PATIENCE_S
 from fdiff.data.opening import (
@@ -21,6 +21,6 @@ from fdiff.data.opening import (
     split_source,
     without_unfit,
 )
-from fdiff.data.pictures import check_target, save_grid, save_images
+from fdiff.data.pictures import as_pictures, check_target, needs_array, save_array, save_grid, save_images
 from fdiff.data.shards import Shard
 from fdiff.data.sources import Source, Split, check_labels

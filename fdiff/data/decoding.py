@@ -1,4 +1,4 @@
-"""One image file to upright 8-bit pixels, L or RGB: what is read at less than its full meaning is refused instead.
+"""One image file to upright pixels, L or RGB, of 8 or 16 bits: what is read at less than its full meaning is refused.
 
 A file is asked what it is before memory is taken for its pixels.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import io
 import logging
 import stat
 import warnings
@@ -15,8 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
+import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, _imaging
 
+from fdiff.data.deep_pixels import read_16_bits
 from fdiff.errors import UserError, first_line
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -24,15 +27,32 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # a file may hav
 GREY, COLOUR = ("1", "L", "LA", "La"), ("P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr")
 ASPECT = 20  # of an image that is cut to its centred square, most would be thrown away
 BITS_PER_SAMPLE, SAMPLE_FORMAT, EXTRA_SAMPLES = 258, 339, 338  # TIFF 6.0
+PHOTOMETRIC, PLANES = 262, 284
 UNSIGNED, ALPHA = 1, (1, 2)
+WHITE_IS_0, BLACK_IS_0, RGB = range(3)
+DEEP = "I;16"  # how the modes of grey images of 16 bits begin
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file that lies in another file; `name` says where, for errors."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+File = Path | Encoded
 
 
 @dataclass(frozen=True)
 class Header:
     """What an image file says of itself. Height and width are in pixels, and swapped where the image is to be turned.
 
-    `colour`, `transparent` and `frames`: whether it has colours, may have transparent pixels, has several frames or
-    pages.
+    `colour`, `transparent`, `frames` and `deep`: whether it has colours, may have transparent pixels, has several
+    frames or pages, has 16 bits a channel.
     """
 
     height: int
@@ -40,19 +60,30 @@ class Header:
     colour: bool
     transparent: bool
     frames: bool
+    deep: bool = False
 
 
-def read_header(path: Path, max_pixels: int) -> Header:
+def read_header(path: File, max_pixels: int) -> Header:
     """What the file says, without decoding its pixels; UserError names a file that is unfit."""
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels) as (image, deep):
         width, height = image.size
         colour = image.mode in COLOUR and not (image.mode == "P" and _is_grey(image.getpalette()))
-        return Header(height, width, colour, image.has_transparency_data, bool(getattr(image, "is_animated", False)))
+        colour = colour and not (deep and image.tile[0].args == "LA;16B")
+        frames = bool(getattr(image, "is_animated", False))
+        return Header(height, width, colour, image.has_transparency_data, frames, deep)
 
 
-def decode(path: Path, max_pixels: int, background: str) -> Image.Image:
-    """The first frame, upright, mode L or RGB; transparent pixels lie on `background`. UserError as `read_header`."""
-    with _opened(path, max_pixels) as image:
+def decode(path: File, max_pixels: int, background: str) -> Image.Image:
+    """The first frame, upright, mode L or RGB; transparent pixels lie on `background`.
+
+    UserError as `read_header`, and for an image of 16 bits a channel.
+    """
+    with _opened(path, max_pixels) as (image, deep):
+        if deep:
+            raise UserError(
+                f"{path}: has 16 bits a channel, and the images are taken for such of 8; give --data.range [0,65535], "
+                "or convert it"
+            )
         grey = image.mode in GREY
         if not image.has_transparency_data:
             return ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
@@ -62,22 +93,34 @@ def decode(path: Path, max_pixels: int, background: str) -> Image.Image:
         return image.convert("RGB")
 
 
-@contextlib.contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """The image, opened and found fit by its header; whatever is raised inside is that file's error.
+def decode_values(path: File, max_pixels: int, background: str) -> np.ndarray:
+    """As `decode`, but uint8 or, of an image of 16 bits a channel, uint16: (C, H, W), C 1 or 3. UserError."""
+    with _opened(path, max_pixels) as (image, deep):
+        if deep:
+            ground = [257 * level for level in ImageColor.getrgb(background)]
+            return read_16_bits(image, ground)
+    pixels = np.array(decode(path, max_pixels, background))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    Damaged files make decoders raise almost any exception, and warn without the file's name.
+
+@contextlib.contextmanager
+def _opened(path: File, max_pixels: int) -> Iterator[tuple[Image.Image, bool]]:
+    """The image, opened and found fit by its header, and whether it has 16 bits a channel.
+
+    Whatever is raised inside is that file's error: damaged files make decoders raise almost any exception, and warn
+    without the file's name.
     """
     try:
-        _check_is_file(path)
+        if isinstance(path, Path):
+            _check_is_file(path)
         _silence()
         # Given a name, the library would map a TIFF into memory, and scramble one that lies on its side (Pillow 13).
-        with path.open("rb") as file, warnings.catch_warnings(), _own_bound():
+        opened = path.open("rb") if isinstance(path, Path) else io.BytesIO(path.data)
+        with opened as file, warnings.catch_warnings(), _own_bound():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, image, max_pixels)
-                _check_depth(path, image)
-                yield image
+                yield image, _is_deep(path, image)
     except UserError:
         raise
     except Exception as error:
@@ -100,7 +143,7 @@ def not_a_file(path: str | Path) -> UserError:
     return UserError(f"{path}: has an image's name and is no regular file; remove it, or give it another name")
 
 
-def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
+def _check_size(path: File, image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise UserError(
@@ -114,25 +157,49 @@ def _check_size(path: Path, image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _check_depth(path: Path, image: Image.Image) -> None:
-    """UserError for what would lose bits, signs or channels: the library reads it as if it were 8-bit grey or RGB."""
-    found = f"mode {image.mode}" if image.mode not in GREY + COLOUR else None
+def _is_deep(path: File, image: Image.Image) -> bool:
+    """Whether it has 16 bits a channel, of a kind that is read at its full depth.
+
+    UserError for what would lose bits, signs or channels: the library reads it as if it were 8-bit grey or RGB.
+    """
+    kinds = GREY + COLOUR
+    deep = _says_16_bits(image)
+    found = f"mode {image.mode}" if image.mode not in kinds and not (deep and image.mode.startswith(DEEP)) else None
     for tile in image.tile:
         args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-        if any(isinstance(a, str) and ";16" in a and not a.startswith("BGR") for a in args):  # BMP packs three in 16
+        packed = any(isinstance(a, str) and ";16" in a and not a.startswith("BGR") for a in args)  # BMP: three in 16
+        if packed and not deep:
             found = "16 bits a channel"
         if tile.codec_name.startswith("ppm") and args[-1] > 255:
             found = f"values up to {args[-1]}"
     if image.format == "TIFF":
         tags = image.tag_v2
-        if max(tags.get(BITS_PER_SAMPLE, (1,))) > 8:
-            found = f"{max(tags[BITS_PER_SAMPLE])} bits a channel"
+        bits = tags.get(BITS_PER_SAMPLE, (1,))
+        if max(bits) > 8 and not deep:
+            found = f"{max(bits)} bits a channel"
         elif set(tags.get(SAMPLE_FORMAT, (UNSIGNED,))) != {UNSIGNED}:
             found = "signed or floating-point values"
         elif len(extra := tags.get(EXTRA_SAMPLES, ())) > 1 or not set(extra) <= set(ALPHA):
             found = f"{len(extra)} extra channels"
+        elif deep and tags.get(PLANES, 1) != 1:
+            found = "its channels in planes apart"
+    elif deep and "transparency" in image.info:
+        found = "16 bits a channel and a colour that is transparent"
     if found:
-        raise UserError(f"{path}: has {found}; convert it to 8 bits a channel, grey or RGB, with or without alpha")
+        raise UserError(
+            f"{path}: has {found}; convert it to 8 bits a channel, or in PNG or TIFF 16, grey or RGB, with or without "
+            "alpha"
+        )
+    return deep
+
+
+def _says_16_bits(image: Image.Image) -> bool:
+    """Whether it is a PNG, or a TIFF of unsigned grey or RGB, of 16 bits a channel."""
+    if image.format == "PNG":
+        return any(isinstance(tile.args, str) and tile.args.endswith(";16B") for tile in image.tile)
+    if image.format != "TIFF" or image.tag_v2.get(PHOTOMETRIC) not in (WHITE_IS_0, BLACK_IS_0, RGB):
+        return False
+    return set(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == {16}
 
 
 def _is_grey(palette: list[int] | None) -> bool:

@@ -1,78 +1,172 @@
-"""A client's own HDF5 file: `images` uint8 (n, H, W), (n, H, W, C) or in other axes, and optional `labels` (n,).
+"""A client's own HDF5 file: `images` (n, H, W), (n, H, W, C) or in other axes, and optional `labels` (n,).
 
-To be evaluated it holds `test_images` and, if need be, `test_labels` of the same kind.
+To be evaluated it holds `test_images` and, if need be, `test_labels` of the same kind. Images are read when they are
+asked for, or all at once.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from fdiff.data import hdf5_reader
+from fdiff.config import DataConfig
 from fdiff.data.decoding import ASPECT
-from fdiff.data.loaders import PATIENCE_S, TICK_S, leaving_signals_to_rank
+from fdiff.data.hdf5_process import Silo
 from fdiff.data.sources import Split
-from fdiff.errors import RunError, UserError
-from fdiff.runtime import free_memory, heed_stop
+from fdiff.data.stored import StoredArrays
+from fdiff.data.values import CHANNELS, check_type
+from fdiff.errors import UserError
+from fdiff.runtime import free_memory
 
 UNUSUAL_ASPECT = 4  # of images: more likely the axes are others than they seem
-WHATEVER = "it must be uint8 (n, H, W) or (n, H, W, C) with C 1 or 3, or say what its axes are with --data.axes"
+BLOCK = 2**24  # bytes of images asked for at once
+WHATEVER = (
+    f"it must be (n, H, W) or (n, H, W, C) with C 1 to {CHANNELS}, or say what its axes are with --data.axes and "
+    "--data.channels"
+)
 
 
-def read_hdf5(path: Path, split: str, axes: str | None = None) -> Split:
-    """All images of the file's `train` or `test` split. UserError says what is wrong.
+class Hdf5Images(StoredArrays):
+    """The images of a split, or some of them, in the file. `axes` has the letters of the stored axes in their order."""
 
-    `axes` are those of the images, N, H, W and C in their order, as the program that wrote them has them; if it is
+    def __init__(
+        self, silo: Silo, name: str, axes: str, shape: Sequence[int], dtype: np.dtype, rows: np.ndarray
+    ) -> None:
+        self._silo, self._name, self._axes, self._stored, self.dtype = silo, name, axes, tuple(shape), dtype
+        self._rows, self._axis = rows, axes.index("N")
+        sizes = dict(zip(axes, shape, strict=True))
+        self.shape = (sizes.get("C", 1), sizes["H"], sizes["W"])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def bytes(self) -> int:
+        """What they take in memory, as they are."""
+        return len(self) * math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Their places in the file (n,)."""
+        return self._rows
+
+    def take(self, rows: np.ndarray) -> Self:
+        parts = (self._silo, self._name, self._axes, self._stored, self.dtype)
+        return type(self)(*parts, self._rows[rows])
+
+    def where(self, row: int) -> str:
+        return f"{self._name}, image {int(self._rows[row])}"
+
+    def image(self, row: int) -> np.ndarray:
+        return self._read(int(self._rows[row]), int(self._rows[row]) + 1)[0]
+
+    def contents(self, most: int, tell_unfit: bool) -> Iterator[np.ndarray]:
+        """All of them: the same whether they are in memory or not."""
+        at_once = max(1, BLOCK // (math.prod(self.shape) * self.dtype.itemsize))
+        breaks = np.flatnonzero(np.diff(self._rows) != 1) + 1
+        for run in np.split(self._rows, breaks):
+            for start in range(0, len(run), at_once):
+                part = run[start : start + at_once]
+                yield self._read(int(part[0]), int(part[-1]) + 1)
+
+    def load(self) -> np.ndarray:
+        """All of them in memory, (n, C, H, W); the process that reads the file is ended."""
+        if len(self) == self._stored[self._axis] and (np.diff(self._rows) == 1).all():
+            images = np.empty(self._stored, self.dtype)  # as it lies in the file, whichever axis is the first there
+            at_once = max(1, BLOCK // (math.prod(self._stored[1:]) * self.dtype.itemsize))
+            for start in range(0, len(images), at_once):
+                stop = min(start + at_once, len(images))
+                images[start:stop] = self._silo.reader().images(0, start, stop)
+            found = self._arranged(images)
+        else:
+            found, start = np.empty((len(self), *self.shape), self.dtype), 0
+            for block in self.contents(0, False):
+                found[start : start + len(block)] = block
+                start += len(block)
+        self._silo.close()
+        return found
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        return self._arranged(self._silo.reader().images(self._axis, start, stop))
+
+    def _arranged(self, images: np.ndarray) -> np.ndarray:
+        """Images in the stored axes as (n, C, H, W)."""
+        images = images.transpose([self._axes.index(axis) for axis in "NCHW" if axis in self._axes])
+        return np.ascontiguousarray(images if "C" in self._axes else images[:, None])
+
+
+def read_hdf5(path: Path, split: str, data: DataConfig) -> Split:
+    """The images of the file's `train` or `test` split, not in memory yet. UserError says what is wrong.
+
+    `data.axes` are those of the images, N, H, W and C in their order, as the program that wrote them has them; if it is
     None they are inferred. What a damaged file does to the HDF5 library happens to another process.
     """
-    with _Reader(path, split) as reader:
-        facts = reader.facts()
-        shape = tuple(facts["shape"])
-        names = ("images", "labels") if split == "train" else (f"{split}_images", f"{split}_labels")
-        seen = shape[::-1] if facts["matlab"] else shape  # MATLAB counts axes from the other end
-        found = _check_labels(path, names[1], facts["labels"], seen)
-        if axes:
-            _check_axes(path, names[0], seen, axes)
-        else:
-            axes = _infer_axes(path, names[0], seen, found, facts["matlab"])
-        labels = None
-        if facts["labels"]:
-            n = seen[axes.index("N")]
-            labels = _labels(path, names[1], reader.array((found,), facts["labels"]["dtype"]), n)
-        images = reader.array(shape, "u1")
-    images = images.T if facts["matlab"] else images
-    order = [axes.index(axis) for axis in "NCHW" if axis in axes]
-    images = np.ascontiguousarray(images.transpose(order))
-    return Split(f"{path}, {split} split", images if "C" in axes else images[:, None], labels)
+    silo = Silo(path, split)
+    try:
+        return _read_facts(silo, path, split, data)
+    except BaseException:
+        silo.close()
+        raise
+
+
+def _read_facts(silo: Silo, path: Path, split: str, data: DataConfig) -> Split:
+    facts = silo.reader().facts
+    shape, dtype, matlab = tuple(facts["shape"]), np.dtype(facts["dtype"]), facts["matlab"]
+    names = ("images", "labels") if split == "train" else (f"{split}_images", f"{split}_labels")
+    seen = shape[::-1] if matlab else shape  # MATLAB counts axes from the other end
+    found = _check_labels(path, names[1], facts["labels"], seen)
+    axes = data.axes
+    if axes:
+        _check_axes(path, names[0], seen, axes)
+    else:
+        axes = _infer_axes(path, names[0], seen, found, matlab, data.channels)
+    check_type(f"{path}: {names[0]}", dtype, seen, data)
+    n = seen[axes.index("N")]
+    pixels, free = seen[axes.index("H")] * seen[axes.index("W")], free_memory(torch.device("cpu"))
+    if pixels > data.max_pixels or 16 * n > free:
+        raise UserError(
+            f"{path}: {names[0]} are {seen}, by {axes} {n} images of {pixels} pixels; these are more than "
+            + (f"data.max_pixels = {data.max_pixels}" if pixels > data.max_pixels else "the free memory has room for")
+        )
+    labels = None
+    if facts["labels"]:
+        labels = _labels(path, names[1], silo.reader().labels((found,), facts["labels"]["dtype"]), n)
+    stored = axes[::-1] if matlab else axes
+    images = Hdf5Images(silo, f"{path}: {names[0]}", stored, shape, dtype, np.arange(n))
+    return Split(f"{path}, {split} split", images, labels)
 
 
 # --- axes ----------------------------------------------------------------------------------------------------------
 
 
 def _check_axes(path: Path, name: str, shape: Sequence[int], axes: str) -> None:
-    if len(axes) != len(shape) or ("C" in axes and shape[axes.index("C")] not in (1, 3)):
-        raise UserError(f"data.axes: {axes} does not fit {path}, whose {name} are {tuple(shape)}; C must be 1 or 3")
+    if len(axes) != len(shape) or ("C" in axes and not 1 <= shape[axes.index("C")] <= CHANNELS):
+        raise UserError(
+            f"data.axes: {axes} does not fit {path}, whose {name} are {tuple(shape)}; C must be 1 to {CHANNELS}"
+        )
     if _aspect(axes, shape) > ASPECT:
         raise UserError(f"{path}: {name} are {tuple(shape)}, by {axes} over {ASPECT} times as long as wide; cut them")
 
 
-def _infer_axes(path: Path, name: str, shape: Sequence[int], labels: int | None, matlab: bool) -> str:
-    """The axes that alone make sense, N first, or in MATLAB also last; UserError where there is none, or another."""
+def _infer_axes(
+    path: Path, name: str, shape: Sequence[int], labels: int | None, matlab: bool, channels: int | None
+) -> str:
+    """The axes that alone make sense, N first, or in MATLAB also last; UserError where there is none, or another.
+
+    C is 1, 3 or `channels`, and only where no axis can be such, and nothing is given, any other number of channels.
+    """
     says = f"{path}: {name} are {tuple(shape)}"
     usual = ("NHW", "NHWC", "HWN", "HWCN") if matlab else ("NHW", "NHWC", "NCHW")
-    possible = [a for a in usual if len(a) == len(shape) and ("C" not in a or shape[a.index("C")] in (1, 3))]
+
+    def possible_with(numbers: Container[int]) -> list[str]:
+        return [a for a in usual if len(a) == len(shape) and ("C" not in a or shape[a.index("C")] in numbers)]
+
+    possible = possible_with((1, 3, channels)) or (possible_with(range(1, CHANNELS + 1)) if channels is None else [])
     if not possible:
         raise UserError(f"{says}; {WHATEVER}")
     likely = [a for a in possible if labels in (None, shape[a.index("N")]) and _aspect(a, shape) <= UNUSUAL_ASPECT]
@@ -114,63 +208,3 @@ def _labels(path: Path, name: str, found: np.ndarray, n: int) -> np.ndarray:
     if not 0 <= int(found.min()) <= int(found.max()) < 2**63:
         raise UserError(f"{path}: {name} go from {found.min()} to {found.max()}; they must be 0 or above")
     return found.astype(np.int64)
-
-
-# --- the process that reads ----------------------------------------------------------------------------------------
-
-
-class _Reader:
-    """`hdf5_reader` at work on a file: started, not forked, as neither MPI nor CUDA outlives a fork."""
-
-    def __init__(self, path: Path, split: str) -> None:
-        self._path = path
-        free = free_memory(torch.device("cpu"))
-        command = [sys.executable, "-P", hdf5_reader.__file__, str(path), split, str(free)]
-        with leaving_signals_to_rank():
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-            )
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-        self._process.stderr.close()
-
-    def facts(self) -> dict[str, Any]:
-        """The line that it begins with."""
-        line = bytearray()
-        byte = memoryview(bytearray(1))
-        while not line.endswith(b"\n"):
-            self._fill(byte)
-            line += byte
-        return json.loads(line)
-
-    def array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """What it sends next."""
-        array = np.empty(shape, dtype)
-        self._fill(memoryview(array.reshape(-1).view(np.uint8)))
-        return array
-
-    def _fill(self, target: memoryview) -> None:
-        """Read until the target is full; UserError names the file if the process is gone before that."""
-        pipe, began = self._process.stdout.fileno(), time.monotonic()
-        while target:
-            if not select.select([pipe], [], [], TICK_S)[0]:
-                heed_stop()
-                if time.monotonic() - began > PATIENCE_S:
-                    raise RunError(f"{self._path}: has given nothing for {PATIENCE_S:g} s; look at its file system")
-                continue
-            if not (count := os.readv(pipe, [target])):
-                raise self._died()
-            target, began = target[count:], time.monotonic()
-
-    def _died(self) -> UserError:
-        reason, status = self._process.stderr.read().decode(errors="replace").strip(), self._process.wait()
-        if status == 1 and reason:
-            return UserError(f"{self._path}: {reason}")
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        return UserError(f"{self._path}: is damaged: reading it ended the HDF5 library {how}; replace it")

@@ -1,8 +1,9 @@
 """Reads one HDF5 silo in a process of its own: a damaged file can end the HDF5 library, and its process, by a signal.
 
-`hdf5.py` runs this file as a script, since the package would take seconds to import. Standard output gets a line of
-JSON, {"shape", "matlab", "labels"}, then the bytes of the labels, if {"labels": {"sent": true}}, and those of the
-images, as they are stored. Standard error gets what is wrong, and the status is 1.
+`hdf5_process.py` runs this file as a script, since the package would take seconds to import. Standard output gets a
+line of JSON, {"shape", "dtype", "matlab", "labels"}. Then each line of standard input asks for something: `labels`, or
+`AXIS START STOP` for the images at these places of an axis; standard output gets its bytes, in C order and this
+machine's byte order. Standard error gets what is wrong, and the status is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-BLOCK = 2**24  # bytes of images on their way at once
+CHUNKS = 2**26  # bytes of unpacked chunks that are kept: images that lie together are asked for together
 
 
 class Refused(Exception):
@@ -25,39 +26,49 @@ class Refused(Exception):
 
 
 def main(path: str, split: str, free: int) -> None:
-    """Write what the file's split holds, or what is wrong with it, to standard output."""
+    """Write what the file's split holds and what is asked of it, or what is wrong with it, to standard output."""
     with contextlib.suppress(ImportError):
         import hdf5plugin  # noqa: F401  # its filters, where the user has installed them
-    out = sys.stdout.buffer
     prefix = "" if split == "train" else f"{split}_"
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with h5py.File(path, "r", locking=False, rdcc_nbytes=CHUNKS) as file:
             images, labels = find(file, f"{prefix}images"), find(file, f"{prefix}labels")
             if images is None and prefix:
                 raise Refused(f"has no {split} split; put its images into a dataset {prefix}images")
             if images is None:
                 raise Refused("has no dataset images; it must be uint8 (n, H, W) or (n, H, W, C)")
-            if images.dtype != np.uint8 or not images.size:
+            if images.dtype.kind not in "uif" or not images.size:
                 raise Refused(
                     f"{prefix}images is {images.dtype} {images.shape}; it must be uint8 (n, H, W) or (n, H, W, C) and "
                     "not empty"
                 )
-            if images.size > free:
-                raise Refused(f"{prefix}images is to take {images.size / 2**30:.3g} GiB of memory, more than is free")
-            facts: dict[str, Any] = {"shape": images.shape, "labels": describe(labels, images)}
+            if math.prod(images.chunks or ()) * images.dtype.itemsize > free:
+                raise Refused(f"{prefix}images has chunks {images.chunks}, each more than the free memory; write less")
+            dtype = images.dtype.newbyteorder("=")
+            facts: dict[str, Any] = {"shape": images.shape, "dtype": dtype.str, "labels": describe(labels, images)}
             facts["matlab"] = "MATLAB_class" in images.attrs
             for dataset in filter(None, (labels, images)):
                 check_written(dataset)
-            first = labels[()].tobytes() if labels is not None and facts["labels"]["sent"] else b""
-            out.write(json.dumps(facts).encode() + b"\n" + first)
-            rows = max(1, BLOCK // max(1, math.prod(images.shape[1:])))
-            for start in range(0, images.shape[0], rows):
-                out.write(np.ascontiguousarray(images[start : start + rows]).data)
-            out.flush()
+            send(json.dumps(facts).encode() + b"\n")
+            for line in sys.stdin:
+                if line == "labels\n":
+                    send(labels[()].tobytes())
+                    continue
+                axis, start, stop = map(int, line.split())
+                block = images[(slice(None),) * axis + (slice(start, stop),)]
+                send(np.ascontiguousarray(block, dtype).data.cast("B"))
     except Refused as refused:
         sys.exit(str(refused))
+    except BrokenPipeError:  # nobody wants it any more
+        os._exit(0)
     except Exception as error:  # a damaged file makes the library raise almost anything
         sys.exit(f"cannot be read as HDF5 ({(str(error).splitlines() or [type(error).__name__])[0]})")
+
+
+def send(data: Any) -> None:
+    """Have it on its way."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def find(file: h5py.File, name: str) -> h5py.Dataset | None:

@@ -13,24 +13,33 @@ LUMA = (19595, 38470, 7471)  # ITU-R 601-2 weights of R, G, B in 1/65536, as Pil
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images of any shape to `dtype`: x / 127.5 - 1, so that 0 and 255 are exactly -1 and 1."""
+    """Images of any shape to `dtype`: uint8 by x / 127.5 - 1, so that 0 and 255 are exactly -1 and 1.
+
+    Images of more than 8 bits are float32, and were scaled to [-1, 1] when they were read: see `values`.
+    """
+    if images.dtype != torch.uint8:
+        return images.to(dtype)
     return images.to(dtype).div_(127.5).sub_(1)
 
 
 def prepare(images: Tensor, side: int, channels: int, by_area: bool = False) -> Tensor:
-    """uint8 (n, C, H, W) to uint8 (n, channels, side, side); C is 1 or 3, and a fit is returned as it is.
+    """uint8 or float32 (n, C, H, W) to the same type (n, channels, side, side); a fit is returned as it is.
 
-    The largest centred square is resized as `fit` does, or with `by_area` averaged over areas where it shrinks and
-    antialiased bilinear where it grows, rounded to the nearest level.
+    C is `channels`, or one of them is 1 and the other 3. The largest centred square is resized as `fit` does, or with
+    `by_area` averaged over areas where it shrinks and antialiased bilinear where it grows, rounded to the nearest
+    level. float32 is resized in float32, antialiased bilinear.
     """
     if images.shape[1:] == (channels, side, side):
         return images
-    out = torch.empty(len(images), channels, side, side, dtype=torch.uint8)
+    out = torch.empty(len(images), channels, side, side, dtype=images.dtype)
     for start in range(0, len(images), BLOCK):
         block = images[start : start + BLOCK]
         if channels < block.shape[1]:
             block = _grey(block)
         block = _centre_square(block)
+        if images.dtype != torch.uint8:
+            out[start : start + BLOCK] = _resize_values(block, side)
+            continue
         out[start : start + BLOCK] = _resize(block, side) if by_area else _fit_all(block, side)  # grey is repeated
     return out
 
@@ -52,13 +61,28 @@ def _fit_all(images: Tensor, side: int) -> Tensor:
     """uint8 (n, C, S, S) to (n, C, side, side)."""
     if images.shape[-1] == side:
         return images
-    channels, rows = images.shape[1], images.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    channels = images.shape[1]
+    if channels not in (1, 3):  # each channel as one of grey is
+        planes = _fit_all(images.reshape(-1, 1, *images.shape[2:]), side)
+        return planes.reshape(len(images), channels, side, side)
+    rows = images.permute(0, 2, 3, 1).squeeze(-1).numpy()
     return torch.stack([fit(Image.fromarray(row), side, channels) for row in rows])
 
 
+def _resize_values(images: Tensor, side: int) -> Tensor:
+    """float32 (n, C, S, S) to (n, C, side, side); one by one, so that an image's bits do not depend on the others."""
+    if images.shape[-1] == side:
+        return images
+    size = (side, side)
+    resized = [functional.interpolate(one[None], size, mode="bilinear", antialias=True) for one in images]
+    return torch.cat(resized).clamp_(-1, 1)
+
+
 def _grey(images: Tensor) -> Tensor:
-    """(n, 3, H, W) to (n, 1, H, W), to the bit what Pillow's conversion to L gives."""
+    """(n, 3, H, W) to (n, 1, H, W): of uint8 to the bit what Pillow's conversion to L gives."""
     weights = torch.tensor(LUMA, dtype=torch.int32).view(1, 3, 1, 1)
+    if images.dtype != torch.uint8:
+        return ((images * weights).sum(1, keepdim=True) / 0x10000).clamp_(-1, 1)
     return ((images.int() * weights).sum(1, keepdim=True, dtype=torch.int32) + 0x8000 >> 16).byte()
 
 

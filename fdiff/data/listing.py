@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from fdiff.data.own_images import OwnImages
+from fdiff.data.parquet import ParquetImages
 from fdiff.data.sources import Split
+from fdiff.data.stored import Stored
 from fdiff.errors import UserError
 
 WHOLE = 2**28  # bytes of image files that are read to tell whether they are the same; of more a sample
@@ -19,14 +20,18 @@ KINDS = ("names", "sizes", "contents", "labels")
 
 
 def list_split(split: Split, root: str | None) -> list[str]:
-    """A line for each image file, its name under `root` and its size in bytes; of images in memory one with a checksum.
+    """A line for each file, its name under `root` and its size in bytes; of images in memory one with a checksum.
 
     The last line is the checksum of the labels. UserError if a file is gone.
     """
     labels = f"labels, BLAKE3 {_labels(split)}"
-    if not isinstance(split.images, list):
+    if isinstance(split.images, ParquetImages):
+        paths = split.images.paths
+    elif isinstance(split.images, list):
+        paths = split.images
+    else:
         return [f"{len(split)} images, BLAKE3 {_digest(_pixels(split.images, unfit=True))}", labels]
-    return [f"{_name(path, root)}, {_size(path)} bytes" for path in split.images] + [labels]
+    return [f"{_name(path, root)}, {_size(path)} bytes" for path in paths] + [labels]
 
 
 def first_difference(lists: Sequence[Sequence[str]]) -> str | None:
@@ -47,8 +52,12 @@ def fingerprint(split: Split, root: str | None) -> dict[str, str]:
     Contents are all bytes of images in memory, else of up to WHOLE bytes of files or images, of more a fixed sample.
     UserError if a file is gone.
     """
-    if not isinstance(split.images, list):
-        shape = split.images.shape if isinstance(split.images, np.ndarray) else (len(split),)
+    if isinstance(split.images, ParquetImages):
+        paths = split.images.paths
+        names = "\n".join([*(_name(path, root) for path in paths), *split.classes])
+        sizes, contents = [_size(path) for path in paths], _digest(_pixels(split.images))
+    elif not isinstance(split.images, list):
+        shape = (len(split), *(split.alike or ()))
         names, sizes, contents = "", [*shape], _digest(_pixels(split.images))
     else:
         names = "\n".join([*(_name(path, root) for path in split.images), *split.classes])
@@ -58,27 +67,15 @@ def fingerprint(split: Split, root: str | None) -> dict[str, str]:
             "labels": _labels(split)}  # fmt: skip
 
 
-def _pixels(images: np.ndarray | OwnImages, unfit: bool = False) -> Iterator[np.ndarray | bytes]:
-    """All images in memory, or so many of another set, in a fixed order, as make up WHOLE bytes.
+def _pixels(images: np.ndarray | Stored, unfit: bool = False) -> Iterator[np.ndarray | bytes]:
+    """All images in memory, or of those stored elsewhere so many, in a fixed order, as make up WHOLE bytes.
 
     UserError at one that is unfit, unless the rows of those are to be told instead.
     """
     if isinstance(images, np.ndarray):
         yield images
-        return
-    left = WHOLE
-    for row in np.random.RandomState(0).permutation(len(images)):
-        if left <= 0:
-            return
-        try:
-            image = images.image(row)
-        except UserError:
-            if not unfit:
-                raise
-            yield f"unfit {row}".encode()
-            continue
-        yield image
-        left -= image.nbytes
+    else:
+        yield from images.contents(WHOLE, tell_unfit=unfit)
 
 
 def _sample(sizes: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """Processes that read images while the rank trains. They end with their rank, and are waited for with a bound.
 
 Batches come through a pipe and not through shared memory, of which containers have little, and whose sockets need a
-short TMPDIR. Batches are of 8-bit images, so that the copy is small beside the decoding.
+short TMPDIR. Images are of 8 bits, or float32 where they hold more, so that the copy is small beside the decoding.
 """
 
 from __future__ import annotations

@@ -55,10 +55,10 @@ class Shard:
 
     @property
     def _bytes(self) -> int:
-        return len(self) * math.prod(self._source.shape)
+        return len(self) * math.prod(self._source.shape) * self._source.dtype.itemsize
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images uint8 (b, C, S, S) and labels int64 (b,), on the device, at positions `order` (m,).
+        """Images (b, C, S, S) of the source's type and labels int64 (b,), on the device, at positions `order` (m,).
 
         The last batch may be short. What comes is the same wherever the images are. The host waits for the
         device at most once, at the start; UserError if an image file is unfit.
@@ -75,22 +75,23 @@ class Shard:
     def _fill(self) -> Tensor:
         """All images in one tensor on the device, read in blocks so that the host never holds them twice."""
         try:
-            images = torch.empty(len(self), *self._source.shape, dtype=torch.uint8, device=self._device)
+            images = torch.empty(len(self), *self._source.shape, dtype=self._source.dtype, device=self._device)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"data.in_memory: {len(self)} images take {self._bytes / 2**30:.1f} GiB, more than "
                 f"is free on {self._device}; use auto or never"
             ) from None
         workers = self._workers if self._source.decodes else 0
-        start = 0
-        for batch in self._load(np.arange(len(self)), FILL_BATCH, workers):
-            images[start : start + len(batch)] = batch
+        order, start = np.argsort(self._indices, kind="stable"), 0  # what lies together is read together
+        for batch in self._load(order, FILL_BATCH, workers):
+            places = torch.from_numpy(order[start : start + len(batch)]).to(self._device)
+            images.index_copy_(0, places, batch)
             start += len(batch)
         return images
 
     def _decode_all(self) -> None:
         """Find out now whether an image is unfit, and not after hours of training."""
-        for _ in self._load(np.arange(len(self)), FILL_BATCH, self._workers):
+        for _ in self._load(np.argsort(self._indices, kind="stable"), FILL_BATCH, self._workers):
             pass
 
     def _load(self, order: np.ndarray, batch_size: int, workers: int) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from fdiff.errors import UserError, first_line
 
 DISTANCES = {"fmnist-cnn": "fd_fmnist", "inception": "fid"}  # extractor: what its Fréchet distance is called
 FEATURES = {"fmnist-cnn": 96, "inception": 2048}  # extractor: how many
+CHANNELS = {"fmnist-cnn": (1,), "inception": (1, 3)}  # extractor: accepted numbers of image channels
 FMNIST_WEIGHTS = Path(__file__).parents[1] / "assets" / "fmnist_cnn.safetensors"
 FMNIST_ARCHITECTURE = "fmnist-cnn/1"  # stored with the weights; raised with every change of FmnistCnn
 FMNIST_SIDE, FMNIST_CLASSES = 28, 10
@@ -118,7 +119,6 @@ class Extractor:
     metric_name: str  # of the Fréchet distance over these features
     checksum: str  # sha256 of the weights file, hex
     feature_dim: int
-    channels: tuple[int, ...]  # accepted numbers of image channels
     side: int  # pixels; images of another side are resized
     batch_size: int
     prepare: Callable[[Tensor], Tensor]  # uint8 images -> the network's input
@@ -141,11 +141,7 @@ class Extractor:
 
     def check_shape(self, channels: int, height: int, width: int) -> None:
         """UserError unless images of this shape can be scored; callable before any image exists."""
-        if channels not in self.channels or height != width:
-            wanted = " or ".join(map(str, self.channels))
-            hint = "; inception takes 3" if channels == 3 else ""
-            shape = f"{channels}x{height}x{width}"
-            raise UserError(f"--extractor: {self.name} takes square images of {wanted} channels, got {shape}{hint}")
+        _check_shape(self.name, channels, height, width)
 
     def describe(self, side: int) -> dict[str, str | int]:
         """What a score of images of `side` pixels is stored with; `resized_from` where the side differs."""
@@ -210,12 +206,34 @@ def default_extractor(data: DataConfig) -> str:
     """The name of the extractor of a data set, where none is asked for; UserError where none suits by itself."""
     if data.shape[0] == 3:
         return "inception"
+    if data.shape[0] != 1:
+        raise UserError(f"--extractor: none of {', '.join(DISTANCES)} takes images of {data.shape[0]} channels")
     if knows_clothes(data):
         return "fmnist-cnn"
     raise UserError(
         f"--extractor: not given, and grey images of {data.dataset} have no usual one; choose inception, or "
         "fmnist-cnn, which knows clothes only"
     )
+
+
+def check_images(name: str, data: DataConfig) -> None:
+    """UserError if the extractor of that name was not made for such images; nothing is loaded."""
+    if data.range is not None:
+        low, high = data.range
+        raise UserError(
+            f"--extractor: {name} knows images of 8 bits only, and these have values from {low:g} to {high:g} "
+            "(data.range), so there is no score of them"
+        )
+    if name in CHANNELS:
+        _check_shape(name, *data.shape)
+
+
+def _check_shape(name: str, channels: int, height: int, width: int) -> None:
+    if channels not in CHANNELS[name] or height != width:
+        wanted = " or ".join(map(str, CHANNELS[name]))
+        hint = "; inception takes 3" if channels == 3 else ""
+        shape = f"{channels}x{height}x{width}"
+        raise UserError(f"--extractor: {name} takes square images of {wanted} channels, got {shape}{hint}")
 
 
 def knows_clothes(data: DataConfig) -> bool:
@@ -246,7 +264,6 @@ def _fmnist_extractor(path: Path, device: str) -> Extractor:
         metric_name=DISTANCES["fmnist-cnn"],
         checksum=_sha256(path),
         feature_dim=FMNIST_TEXTURE + FMNIST_EMBEDDED,
-        channels=(1,),
         side=FMNIST_SIDE,
         batch_size=64,
         prepare=to_extractor_input,
@@ -271,7 +288,6 @@ def _inception_extractor(path: Path, device: str) -> Extractor:
         metric_name=DISTANCES["inception"],
         checksum=_sha256(path),
         feature_dim=INCEPTION_FEATURES,
-        channels=(1, 3),
         side=INCEPTION_SIDE,
         batch_size=16,
         prepare=lambda images: images.float() / 255,

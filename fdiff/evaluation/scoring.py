@@ -21,7 +21,7 @@ from fdiff import checkpoint
 from fdiff.comm import Communicator
 from fdiff.config import Config
 from fdiff.data import Source, open_client_source, open_source
-from fdiff.evaluation.extractors import DISTANCES, Extractor, default_extractor, load_extractor
+from fdiff.evaluation.extractors import DISTANCES, Extractor, check_images, default_extractor, load_extractor
 from fdiff.evaluation.features import FeatureStatistics, ImageFeatures, features_of_source
 from fdiff.evaluation.metric_set import choose_metrics
 from fdiff.federation import Saved, Trainer, private_parts, sampling, together
@@ -66,7 +66,6 @@ class Scoring:
         self._comm, self._config = comm, config
         data = config.data
         extractor = self._load(wanted, device)
-        together(comm, lambda: extractor.check_shape(*data.shape))
         self._metrics = together(comm, lambda: choose_metrics(extractor, wanted.metrics, data.partition == "private"))
         sources = together(comm, self._sources)
         seen = together(comm, lambda: [features_of_source(extractor, s, device, cache) for s in sources])
@@ -122,7 +121,9 @@ class Scoring:
 
     def _load(self, wanted: ScoringRequest, device: torch.device) -> Extractor:
         """The extractor, on rank 0 first: if it has to be downloaded, one rank does so and the others find it."""
-        name = together(self._comm, lambda: wanted.extractor or default_extractor(self._config.data))
+        data = self._config.data
+        name = together(self._comm, lambda: wanted.extractor or default_extractor(data))
+        together(self._comm, lambda: check_images(name, data))
         loaded: Extractor | None = None
         for turn in (self._comm.rank == 0, self._comm.rank != 0):
             load = partial(load_extractor, name, wanted.weights, str(device)) if turn else lambda: None

@@ -159,7 +159,7 @@ class Trainer:
         return shard.batches(order, self.config.optim.batch_size)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step of Adam on a batch of uint8 images (b, C, S, S); returns the loss, still on the device.
+        """One step of Adam on images (b, C, S, S), uint8 or in [-1, 1]; returns the loss, still on the device.
 
         On a GPU a replay of the captured step, but for short batches, which are neither captured nor compiled.
         """
@@ -180,7 +180,7 @@ class Trainer:
         return self.descend(*noised, labels)
 
     def _noised(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x0 (b, C, S, S) of uint8 images, and the next timesteps (b,) and noise (b, C, S, S) of the client's round.
+        """x0 (b, C, S, S) of images, and the next timesteps (b,) and noise (b, C, S, S) of the client's round.
 
         With `data.flip` that also draws which of the images are mirrored, first.
         """

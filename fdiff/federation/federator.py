@@ -5,7 +5,7 @@
     RUN/clients.jsonl      a line per round and client
     RUN/rounds.jsonl       a line per round
     RUN/scores.jsonl       a line per scored model, written by `fdiff evaluate`
-    RUN/samples/           a PNG grid per sampled round
+    RUN/samples/           a PNG grid per sampled round, and a .npy of images that a PNG cannot hold
     RUN/tensorboard/       the same curves as TensorBoard events
     RUN/checkpoints/       see `fdiff.checkpoint`
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fdiff import __version__, checkpoint
 from fdiff.config import Config
 from fdiff.config_file import as_yaml
-from fdiff.data import save_grid
+from fdiff.data import as_pictures, needs_array, save_array, save_grid
 from fdiff.errors import UserError
 from fdiff.federation import logs
 from fdiff.federation.logs import Row
@@ -113,7 +113,8 @@ class Federator:
             names = ", ".join(mended)
             log.warning("%s: %s had lost rows, and is whole again up to round %d", self.dir, names, last_round)
         self.rows = {name: logs.read_jsonl(self.dir / f"{name}.jsonl") for name in logs.LOGS}
-        for grid in (self.dir / "samples").glob("round-*.png"):
+        samples = self.dir / "samples"
+        for grid in [*samples.glob("round-*.png"), *samples.glob("round-*.npy")]:
             if int(grid.stem.removeprefix("round-")) > last_round:
                 grid.unlink()
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
@@ -161,12 +162,16 @@ class Federator:
             logs.sync_log(self.dir / f"{name}.jsonl")
 
     def show(self, round: int, images: Tensor | None, row_each: bool) -> None:
-        """Save uint8 images (n, C, S, S), if any, as this round's grid; with `row_each` a row of each client."""
+        """Save images (n, C, S, S), if any, as this round's grid; with `row_each` a row of each client."""
         if images is None:
             return
         columns = self.config.sample.images if row_each else math.ceil(math.sqrt(len(images)))
-        save_grid(self.grid_path(round), images, columns)
-        self._events.add_images("samples", images, round)
+        limits = self.config.data.range
+        if needs_array(images.shape[1], limits):
+            save_array(self.grid_path(round).with_suffix(".npy"), images)
+        pictures = as_pictures(images, limits)
+        save_grid(self.grid_path(round), pictures, columns)
+        self._events.add_images("samples", pictures, round)
 
     def grid_path(self, round: int) -> Path:
         """Where a round's grid is."""

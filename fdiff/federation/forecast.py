@@ -176,7 +176,7 @@ def bytes_by_purpose(plan: RoundPlan, config: Config, payload: Payload, placemen
 def _bytes_of_grid(config: Config, by_client: bool, placement: Placement) -> int:
     """Bytes of the images of a sample grid that rank 0 does not draw itself."""
     sent = sum(batch.last - batch.first for batch in grid_batches(config, by_client, placement) if batch.rank != 0)
-    return sent * math.prod(config.data.shape)
+    return sent * math.prod(config.data.shape) * config.data.itemsize
 
 
 def seconds(plan: RoundPlan, config: Config, payload: Payload, placement: Placement, bandwidth: float) -> float:

@@ -1,7 +1,7 @@
 """The memory that a rank needs, computed before it starts: exact for tensors that stay, a lower bound for the others.
 
 What the clients keep between rounds lives on the host, so the device's part does not depend on their number. Images
-are not counted: `data.in_memory` decides on them by what is left.
+are not counted: `data.in_memory` decides on them by what is left, at one byte a value, or four with `data.range`.
 """
 
 from __future__ import annotations

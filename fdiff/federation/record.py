@@ -29,7 +29,7 @@ class Round:
     `plan` is what happens: after clients were dropped, without them. `start` (n,) are the shared parts when it began,
     where a step follows that needs them. `reports` and `failures` (why training failed, by client) are of this rank's
     clients, the first `taken_up` reports of an earlier start; `dropped` are the failures of all ranks. `ema` (n,) is
-    the average of the moving averages of the shared parts, `images` uint8 (m, C, S, S) the grid on rank 0; both None
+    the average of the moving averages of the shared parts, `images` (m, C, S, S) the grid on rank 0; both None
     in rounds without them. `metrics` is the round's row of the log.
     """
 

@@ -51,11 +51,12 @@ def draw(
     progress: Progress = iter,
     classes: Sequence[int] | None = None,
 ) -> Tensor:
-    """The images of a batch from the trainer's present parameters: uint8 (n, C, S, S), on its device.
+    """The images of a batch from the trainer's present parameters: (n, C, S, S), on its device.
 
-    With classes, image i shows number i mod their number, or of these `classes` the one at i mod theirs. `progress`
-    wraps the iteration over the sampling steps. RunError, which names the batch's model and its `round`, if an image is
-    not finite: as uint8 it would be black, and be scored like any other.
+    They are uint8, or where `data.range` is given, float32 in that range. With classes, image i shows number i mod
+    their number, or of these `classes` the one at i mod theirs. `progress` wraps the iteration over the sampling steps.
+    RunError, which names the batch's model and its `round`, if an image is not finite: as uint8 it would be black, and
+    be scored like any other.
     """
     model = trainer.model
     indices = torch.arange(batch.first, batch.last, device=trainer.device)
@@ -72,7 +73,8 @@ def draw(
         whose = "the global model" if batch.model is None else f"client {batch.model}"
         remedy = "train with a smaller optim.lr, or take an earlier round"
         raise RunError(f"{whose}, round {round}: drawn images are not finite numbers; {remedy}")
-    return diffusion.to_uint8(x)
+    limits = config.data.range
+    return diffusion.to_uint8(x) if limits is None else diffusion.to_range(x, *limits)
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def progress_bar(
 
 
 def gather_images(comm: Communicator, cut: Sequence[Batch], drawn: Sequence[Tensor], empty: Tensor) -> Tensor | None:
-    """On rank 0 the images of all batches, in the order of `cut`: uint8 (n, C, S, S), on the CPU; elsewhere None.
+    """On rank 0 the images of all batches, in the order of `cut`: (n, C, S, S), on the CPU; elsewhere None.
 
     `drawn` are this rank's, in the order of its batches in `cut`; `empty` (0, C, S, S) stands for none.
     """
@@ -127,15 +129,16 @@ def gather_in_order(comm: Communicator, cut: Sequence[Batch], mine: Tensor) -> T
 
 
 def empty_images(config: Config, device: torch.device) -> Tensor:
-    """No images: uint8 (0, C, S, S)."""
+    """No images: (0, C, S, S), of the type in which they are drawn."""
     data = config.data
-    return torch.empty((0, *data.shape), dtype=torch.uint8, device=device)
+    dtype = torch.uint8 if data.range is None else torch.float32
+    return torch.empty((0, *data.shape), dtype=dtype, device=device)
 
 
 def draw_grid(rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, progress: Progress) -> Tensor | None:
     """On rank 0 a round's sample grid, of the global model, or a row of each client where it keeps private parts.
 
-    Every rank calls it and draws its share, with `ema` (n,) from the moving averages. uint8 (m, C, S, S).
+    Every rank calls it and draws its share, with `ema` (n,) from the moving averages. (m, C, S, S).
     """
     config, comm = rank.config, rank.comm
     cut = grid_batches(config, rank.keeps_private_parts, rank.placement)

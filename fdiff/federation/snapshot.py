@@ -3,7 +3,8 @@
     global.h5        parts/<part> (n,) of the shared parts; ema/<part> (n,) of their moving average, if one is kept;
                      state/<name> (n,), what all ranks keep alike beside them: see `compressed`;
                      frozen (m,), what is not trained, if a model has some;
-                     samples (n, C, S, S) uint8, if the round drew a grid.
+                     samples (n, C, S, S), if the round drew a grid: uint8, or where data.range is given
+                     float32 in that range.
                      Header: round, config, layout, frozen (its layout), number of images of each client, fingerprints
                      of the images, reporters, metrics of the round, the rows of the logs up to it, if not too many
     client-0003.h5   private/<part> (n,), and as far as the run keeps them local (n,), ema (P,), exp_avg, exp_avg_sq

@@ -20,6 +20,7 @@ from fdiff.data import (
     Source,
     Split,
     as_source,
+    colours,
     fingerprint,
     first_difference,
     infer_shape,
@@ -60,17 +61,20 @@ def open_data(config: Config, comm: Communicator) -> OpenedData:
     if not private:
         _check_same_data(comm, splits[0], data.root)
     names = exchange_json(comm, [list(split.classes) for split in splits])
-    classes = together(comm, lambda: merge_classes(of_split for of_rank in names for of_split in of_rank))
-    splits = [split.numbered_by(classes) for split in splits]
+    if private:
+        classes = together(comm, lambda: merge_classes(of_split for of_rank in names for of_split in of_rank))
+        splits = [split.numbered_by(classes) for split in splits]
 
     def look(split: Split) -> Findings:
-        return inspect(split, range(len(split)) if private else range(comm.rank, len(split), comm.size), data)
+        ends = [len(split) * rank // comm.size for rank in (comm.rank, comm.rank + 1)]  # neighbours lie together
+        return inspect(split, range(len(split)) if private else range(*ends), data)
 
     own = together(comm, lambda: [look(split) for split in splits])
     everyone = [[Findings(**found) for found in rank] for rank in exchange_json(comm, [vars(found) for found in own])]
     found = merge([of_split for of_rank in everyone for of_split in of_rank])
     unfit = [one.unfit for one in own] if private else [found.unfit]
     splits = together(comm, lambda: [without_unfit(*pair) for pair in zip(splits, unfit, strict=True)])
+    together(comm, lambda: _check_range(data, found))
     config = together(comm, lambda: replace(config, data=infer_shape(data, found, stages_of(config.model))))
     sources = together(comm, lambda: [as_source(split, config.data) for split in splits])
     prints = _fingerprints(comm, data, splits, clients)
@@ -98,6 +102,16 @@ def count_images(config: Config) -> dict[int, int]:
 
 def _read(data: DataConfig, client: int) -> Split:
     return read_client_split(data, client, "train") if data.partition == "private" else read_split(data, "train")
+
+
+def _check_range(data: DataConfig, found: Findings) -> None:
+    """UserError if a range is given of images that have none of their own to give."""
+    if data.range is not None and found.images and not found.deep:
+        low, high = data.range
+        raise UserError(
+            f"data.range: [{low:g},{high:g}] is not valid with images of 8 bits a channel, whose values go from 0 to "
+            "255; leave it out"
+        )
 
 
 def _check_same_data(comm: Communicator, split: Split, root: str | None) -> None:
@@ -131,9 +145,12 @@ def _notes(config: Config, found: Findings, unfit: int, prints: Sequence[Fingerp
     data = config.data
     channels, side, _ = data.shape
     notes = [
-        f"{data.dataset}, {found.images} training images of {found.sizes}, {'RGB' if found.colour else 'grey'}; the "
-        f"model sees {side}x{side} {'RGB' if channels == 3 else 'grey'}"
+        f"{data.dataset}, {found.images} training images of {found.sizes}, {colours(max(found.numbers, default=1))}; "
+        f"the model sees {side}x{side} {colours(channels)}"
     ]
+    if data.range is not None:
+        eight = f", {found.images - found.deep} of them in 8 bits" if found.deep < found.images else ""
+        notes.append(f"the images have values from {data.range[0]:g} to {data.range[1]:g}{eight}, kept as float32")
     if found.transparent:
         notes.append(f"{found.transparent} images may be transparent; behind them is {data.background}")
     if found.frames:

@@ -234,6 +234,12 @@ def sample(
     return Drawing(model, sampler, key, len(images), shape, images.device, dtype).draw(images, labels, progress)
 
 
+def to_range(x: Tensor, low: float, high: float) -> Tensor:
+    """Images in [-1, 1] (clamped) → float32, -1 as low and 1 as high, same shape."""
+    share = (x.double().clamp(-1, 1) + 1) / 2
+    return (low * (1 - share) + high * share).float()
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] (clamped) → uint8 0 to 255, same shape."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

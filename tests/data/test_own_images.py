@@ -120,7 +120,7 @@ REFUSED = {
         lambda r, s: Images(change=lambda i, x: x / 255.0),
         r"image 0 is float64 \(12, 12, 1\); it must be uint8",
     ),
-    "channels": (lambda r, s: Images(change=lambda i, x: np.stack([x, x], -1)), r"image 0 is uint8 \(12, 12, 2\)"),
+    "channels": (lambda r, s: Images(change=lambda i, x: np.stack([x] * 17, -1)), r"image 0 is uint8 \(12, 12, 17\)"),
     "one raises": (
         lambda r, s: Images(change=lambda i, x: x if i != 7 else x[99]),
         r"image 7 cannot be read \(IndexError",
