@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fdiff.errors import shown
 from fdiff.federation import check_choice, open_checkpoint, save_model
 
 
@@ -19,4 +20,4 @@ def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = 
     saved = open_checkpoint(checkpoint)
     check_choice(saved, client, ema)
     save_model(file, saved, client, ema)
-    print(f"round {saved.round}: {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    print(f"round {saved.round}: {shown(file)} ({file.stat().st_size / 1e6:.1f} MB)")

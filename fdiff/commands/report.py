@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from fdiff.errors import UserError, one_line
+from fdiff.errors import UserError, one_line, shown
 from fdiff.federation import write_atomically
 
 log = logging.getLogger(__name__)
@@ -44,4 +44,4 @@ def _write(target: Path, page: str) -> None:
         write_atomically(target, page)
     except OSError as error:
         raise UserError(f"--out: {target} cannot be written ({error.strerror}); give another file") from None
-    print(target, flush=True)
+    print(shown(target), flush=True)

@@ -11,7 +11,7 @@ import torch
 from fdiff.comm import Communicator
 from fdiff.config import Config, RuntimeConfig
 from fdiff.data import check_target, save_images
-from fdiff.errors import UserError
+from fdiff.errors import UserError, shown
 from fdiff.evaluation import sampling_config
 from fdiff.federation import Saved, Trainer, check_choice, on_rank_0, open_together, private_parts, sampling, together
 
@@ -53,7 +53,7 @@ def run(
     drawn = sampling.draw_all(comm, trainer, config, images, client, saved.round)
     on_rank_0(comm, lambda: save_images(drawn, out))
     if comm.rank == 0:
-        print(f"{images} images of round {saved.round}: {out}")
+        print(f"{images} images of round {saved.round}: {shown(out)}")
 
 
 def _check_images(images: int) -> None:
