@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fdiff.errors import shown
 from fdiff.federation import check_choice, open_checkpoint, save_model
+from fdiff.runtime import check_output
 
 
 def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = False) -> None:
@@ -13,10 +14,11 @@ def run(checkpoint: Path, file: Path, *, client: int | None = None, ema: bool = 
 
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
-        file: The safetensors file to write; `fdiff.load_model` reads it back.
+        file: The file to write, FILE.safetensors; `fdiff.load_model` reads it back.
         client: Whose model, where clients keep private parts.
         ema: The moving average instead of the last weights.
     """
+    check_output("FILE", file, (".safetensors",))
     saved = open_checkpoint(checkpoint)
     check_choice(saved, client, ema)
     save_model(file, saved, client, ema)

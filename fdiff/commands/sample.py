@@ -35,7 +35,7 @@ def run(
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
         runtime: Where and how it runs.
-        out: FILE.png for one grid, FILE.h5 for a dataset `images`, anything else for a folder of PNGs.
+        out: FILE.png for one grid, FILE.h5 for a dataset `images`, a name without suffix for a folder of PNGs.
         images: How many.
         client: Whose model, where clients keep private parts; by default client 0.
         ema: The moving average instead of the last weights; by default if the checkpoint has it.

@@ -113,7 +113,7 @@ def test_what_cannot_be_read_is_one_line_of_every_command(monkeypatch, capsys):
     monkeypatch.setattr(export_command, "open_checkpoint", denied)
     monkeypatch.setattr("fdiff.commands.flags.Path.exists", denied)
     resume = ["train", "--resume", "--run.dir", "run"]
-    for arguments, status in ((["verify", "run"], 1), (["export", "run", "x"], 2), (resume, 2)):
+    for arguments, status in ((["verify", "run"], 1), (["export", "run", "x.safetensors"], 2), (resume, 2)):
         assert main(arguments) == status
         assert capsys.readouterr().err == f"fdiff: error: {one_line(DENIED)}\n"
 

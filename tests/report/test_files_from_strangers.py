@@ -7,6 +7,9 @@ import io
 import json
 import os
 import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from fdiff import checkpoint
 from fdiff.commands import report as command
 from fdiff.commands import verify
 from fdiff.config import to_dict
-from fdiff.errors import UserError
+from fdiff.errors import UserError, printable
 from fdiff.federation import find_gaps, log_problem
 from fdiff.federation.validate import check_global
 from fdiff.model import describe_model, layout_of
@@ -262,13 +265,40 @@ def test_verify_names_a_bad_row_of_every_log(run, monkeypatch, capsys):
     assert "scores.jsonl: line 1: ema is null, it must be true or false" in damaged[1]
 
 
-def test_text_of_a_stranger_is_text_on_the_page(run):
-    """Tags, quotes and letters that no file can hold, in every text that the page shows."""
-    evil = '"><script>alert(1)</script>\ud800\x1b[31m$\\frac{'
-    write_rows(run / "rounds.jsonl", [round_row(1, loss=1e99, dropped={"0": evil}), round_row(2, loss=-1e99)])
-    write_rows(run / "scores.jsonl", [score_row(2**62, 0, split=evil, scores={"fd_fmnist": 1e99, "n": 1e-99})])
-    clients = [{"images": 2**62, "labels": {"Ü": 2**62, "1": 0}}]
-    setting = {"torch": evil, "ranks": [{"host": evil, "device": evil}], "clients": clients}
+EVIL = '"><script>alert(1)</script>\'&amp;\ud800\x1b[31m$\\frac{\r\n\u202ecod\u2066\u200b\u2028'
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and the names of their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, ...]] = Counter()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found[tag, *(name for name, _ in attributes)] += 1
+
+
+def page_of(run: Path, text: str) -> str:
+    """The page of two runs in which a stranger says this wherever something can be said."""
+    write_rows(run / "rounds.jsonl", [round_row(1, loss=1e99, dropped={"0": text}), round_row(2, loss=-1e99)])
+    write_rows(run / "scores.jsonl", [score_row(2**62, 0, split=text, scores={"fd_fmnist": 1e99, "n": 1e-99})])
+    clients = [{"images": 2**62, "labels": {text: 2**62, "1": 0}}]
+    setting = {"torch": text, "ranks": [{"host": text, "device": text}], "clients": clients}
     (run / "setting.json").write_text(json.dumps(setting))
-    page = render([read_run(run)])
+    read = read_run(run)
+    config = replace(read.config, data=replace(read.config.data, root=text))
+    folder = Path("/nowhere") / text.replace("/", "-")
+    return render([replace(read, config=config, folder=folder), replace(read, folder=Path("/nowhere/other"))])
+
+
+def test_text_of_a_stranger_is_text_on_the_page(run):
+    """Tags, quotes, marks that turn text round and letters that no file can hold, in every text that the page shows."""
+    page = page_of(run, EVIL)
     assert page.count("<script>") == 1 and "alert(1)" in page and page.encode()
+    assert printable(page, keep="\n") == page
+    plain = Elements(page_of(run, "plain")).found  # a long name has more lines, and so more of these
+    evil = Elements(page).found
+    drawn = {"text", "tspan", "g"}
+    assert {e: n for e, n in evil.items() if e[0] not in drawn} == {e: n for e, n in plain.items() if e[0] not in drawn}
