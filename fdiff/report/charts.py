@@ -187,4 +187,5 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     limit = f"{1.45 * float(width[1]):.0f}px" if width else "100%"
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(printable(title))}" style="max-width:{limit}"', 1)
+    label = html.escape(printable(title))
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width:{limit}"', 1)
