@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, fdiff, in_turn
+from jobs import ROOT, TINY, fdiff, in_turn
 from PIL import Image
 from progress_bars import recorded
 from ranks import run_ranks
@@ -22,8 +23,9 @@ from fdiff.config import Config, RuntimeConfig
 from fdiff.data import check_target
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError, UserError
-from fdiff.federation import sampling
-from fdiff.model import diffusion
+from fdiff.federation import open_checkpoint, sampling
+from fdiff.federation.validate import shared_parts
+from fdiff.model import Buckets, build_model, diffusion
 
 pytestmark = pytest.mark.slow
 
@@ -212,6 +214,22 @@ def test_no_output_is_written_under_the_name_of_another_kind(tmp_path):
     (tmp_path / "beta-0.5").mkdir()
     check_target(tmp_path / "beta-0.5")  # an empty folder is one, whatever its name
     check_target(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("method", "client"), [("full", None), ("udec", 3)])
+def test_what_the_readme_says_to_a_stranger_reads_every_parameter(run, method, client):
+    """With h5py alone, held against what `fdiff export` writes: shared parts, and those of a client."""
+    text = (ROOT / "fdiff" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first = code.splitlines()[3]
+    assert first.startswith("folder, client, name = ") and "fdiff" not in code
+    saved = open_checkpoint(run / method)
+    model = build_model(saved.config)
+    saved.fill(Buckets(model, shared_parts(saved.config)), client, False)
+    for name, parameter in model.named_parameters():
+        found = {"folder": str(saved.path), "client": client, "name": name}
+        exec(compile(code.replace(first, ""), "README", "exec"), found)
+        assert np.array_equal(found["weight"], parameter.detach().numpy()), name
 
 
 def test_help(tmp_path):

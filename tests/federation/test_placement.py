@@ -115,8 +115,8 @@ def idle(clients: int, ranks: int, fraction: float = 1.0, images: dict[int, int]
 
 def test_five_clients_on_four_ranks_leave_three_idle_for_half_of_each_round():
     assert idle(5, 4) == (
-        "5 clients on 4 ranks: ranks wait for the slowest for 38% of the training time; ranks with nothing to do for 1/2 "
-        "of each round: 3; it would take 3 ranks as long, 5 ranks 1/2 of the time"
+        "5 clients on 4 ranks: ranks wait for the slowest for 38% of the training time; ranks with nothing to do for "
+        "1/2 of each round: 3; it would take 3 ranks as long, 5 ranks 1/2 of the time"
     )
     assert idle(5, 4, images={0: 7, 1: 7, 2: 7, 3: 7, 4: 6}).endswith("5 ranks 1/2 of the time")
 
@@ -129,13 +129,14 @@ def test_clients_that_divide_among_the_ranks_leave_none_idle():
 def test_the_other_numbers_of_ranks_are_as_told(clients, ranks):
     """The most clients on a rank, which a round lasts, by the numbers of ranks that the line names."""
     note = idle(clients, min(clients, ranks))
-    most = -(-clients // min(clients, ranks))
+    alike, ranks = dict.fromkeys(range(clients), 1), min(clients, ranks)
+    most = -(-clients // ranks)
     told = [int(n) for n in re.findall(r"(\d+) ranks", note.partition("it would take")[2])]
     if told:
         assert -(-clients // told[-1]) == most - 1 and -(-clients // (told[-1] - 1)) == most
-        assert len(told) == 1 or (told[0] < min(clients, ranks) and -(-clients // told[0]) == most)
+        assert len(told) == 1 or (told[0] < ranks and -(-clients // told[0]) == most)
     else:
-        assert idle_share([range(clients)], dict.fromkeys(range(clients), 1), neighbours(clients, min(clients, ranks))) < 0.005
+        assert idle_share([range(clients)], alike, neighbours(clients, ranks)) < 0.005
 
 
 def test_ranks_wait_for_unequal_clients_and_for_those_that_are_not_selected():
