@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What each is for: launch/README.md, "Extras". Without any, fdiff trains, samples and scores.
 EXTRAS = {
     "mpi": ["mpi4py>=4.0"],
     "slurm": ["submitit>=1.5"],
@@ -20,6 +21,19 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the fdiff authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2406.12575"},
+    keywords=["federated learning", "diffusion models", "distributed training", "PyTorch", "MPI", "NCCL", "Slurm"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Topic :: System :: Distributed Computing",
+    ],
     license="MIT",
     license_files=["LICENSE", "fdiff/assets/FASHION_MNIST_LICENSE.txt"],
     python_requires=">=3.11",

@@ -282,7 +282,7 @@ class RuntimeConfig:
     partial_sums: Literal["auto", "library", "ring"] = "auto"
     """Sums that some ranks only receive: by the library, by a ring of sends, or `auto`: what was measured faster."""
     threads: int | None = None
-    """CPU threads a rank; by default an equal share of the cores, or 1 with reduction `ordered`."""
+    """CPU threads a rank; by default OMP_NUM_THREADS, else an equal share of the cores; 1 with reduction `ordered`."""
     timeout_s: float = 1800.0
     """Seconds that a rank waits for the others before it names the missing one and ends."""
 

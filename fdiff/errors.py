@@ -69,6 +69,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def shown(name: object) -> str:
+    """A path or another name as a line of output has it: in that line, and escaped as above."""
+    return printable(str(name))
+
+
 def first_line(error: Exception) -> str:
     """The first line of a library's message, or the error's type where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,30 +17,33 @@ import torch
 
 from fdiff.comm import STARTERS, Communicator, agree, connect, exchange_json
 from fdiff.commands import doctor_checks
-from fdiff.commands.doctor_checks import FAULT, GAP, GIB, Finding
+from fdiff.commands.doctor_checks import FAULT, GAP, GIB, OK, Finding
+from fdiff.commands.doctor_network import check_network
 from fdiff.config import Config, RuntimeConfig
 from fdiff.data import open_client_source
-from fdiff.errors import RunError, UserError, one_line
+from fdiff.errors import RunError, UserError, one_line, shown
+from fdiff.federation import rehearse
 from fdiff.plan import hosted_by
-from fdiff.runtime import Launch, choose_device, default_threads, visible_gpus
+from fdiff.runtime import Launch, choose_device, default_threads, network, visible_gpus
 
 PATIENCE_S = 30.0  # how long ranks wait for each other
-COLUMNS = ("rank", "host", "local", "device", "backend", "threads", "why")
+COLUMNS = ("rank", "host", "local", "device", "backend", "threads", "cores", "why")
 
 
-def run(config: Config, launch: Launch, *, json: bool = False) -> None:
+def run(config: Config, launch: Launch, *, resume: bool = False, json: bool = False) -> None:
     """Examine this machine, on all ranks.
 
     Args:
+        resume: As of `fdiff train`: whether the job could go on from the newest checkpoint of the run folder.
         json: Print one JSON object instead of tables.
     """
-    seen = _see(config, launch)
+    seen = _see(config, launch, resume)
     comm, seen["problems"] = _meet(config.runtime, launch, seen["problems"])
     found = [Finding(**f) for f in seen["findings"]]
     seen["findings"] = [asdict(f) for f in doctor_checks.with_mpi_started(found, config, launch)]
     everyone = [seen] if comm is None else exchange_json(comm, seen)
     if comm is not None:
-        everyone = _try(comm, config, launch, seen, everyone)
+        everyone = _try(comm, config, launch, seen, everyone, resume)
     problems = _problems(config, launch, everyone)
     if launch.rank == 0 and json:
         print(json_module.dumps(_report(launch, everyone, problems)))
@@ -56,25 +59,30 @@ def run(config: Config, launch: Launch, *, json: bool = False) -> None:
 # --- what a rank sees ----------------------------------------------------------------------------------------------
 
 
-def _see(config: Config, launch: Launch) -> dict[str, Any]:
+def _see(config: Config, launch: Launch, resume: bool) -> dict[str, Any]:
     """This rank's row of the table; one rank of each node looks at it."""
-    findings = doctor_checks.check_node(config, launch) if launch.local_rank == 0 else []
+    findings, threads = [], config.runtime.threads
+    if launch.local_rank == 0:
+        findings = doctor_checks.check_node(config, launch, resume)
+        findings[-1:-1] = check_network(config.runtime, launch)
     row: dict[str, Any] = {
         "rank": launch.rank,
         "host": socket.gethostname(),
         "local": f"{launch.local_rank} of {launch.local_size}",
         "device": "",
         "backend": "",
-        "threads": config.runtime.threads or default_threads(config.runtime, launch),
+        "threads": threads or 0,
+        "cores": network.own_cores(),
         "why": "",
     }
     problems = [f"{f.name}: {f.what}" + (f"; {f.remedy}" if f.remedy else "") for f in findings if f.status == FAULT]
     try:
+        row["threads"] = threads or default_threads(config.runtime, launch)
         row["device"], row["why"] = _device(config.runtime, launch)
         _open_private(config, launch)
     except Exception as error:  # whatever a library makes of the data is one more finding
         problems.append(str(one_line(error, "" if isinstance(error, UserError) else "data.root")))
-    return {"row": row, "findings": [asdict(f) for f in findings], "problems": problems}
+    return {"row": row, "findings": [asdict(f) for f in findings], "problems": problems, "notes": []}
 
 
 def _device(runtime: RuntimeConfig, launch: Launch) -> tuple[str, str]:
@@ -115,9 +123,17 @@ def _meet(
 
 
 def _try(
-    comm: Communicator, config: Config, launch: Launch, seen: dict[str, Any], everyone: list[dict[str, Any]]
+    comm: Communicator,
+    config: Config,
+    launch: Launch,
+    seen: dict[str, Any],
+    everyone: list[dict[str, Any]],
+    resume: bool,
 ) -> list[dict[str, Any]]:
-    """Start the backend on all ranks and sum a number, unless one of them has a problem; everybody's rows after it."""
+    """Start the backend on all ranks, sum a number, and go as far as a training goes before it takes memory.
+
+    Unless one of them has a problem. Everybody's rows after it.
+    """
     if any(each["problems"] for each in everyone):
         return everyone
     error: Exception | None = None
@@ -129,10 +145,21 @@ def _try(
         error = failed
     try:
         agree(comm, error)
+        if not _fetches_first(config, everyone):
+            seen["notes"] = rehearse(config, comm, torch.device(seen["row"]["device"]), resume)
         return exchange_json(comm, seen)
-    except (UserError, RunError) as agreed:
-        seen["problems"].append(str(agreed))
+    except (UserError, RunError) as failed:
+        seen["problems"].append(str(failed))
+        if failed.agreed:
+            return exchange_json(comm, seen)
         return [seen if each["row"]["rank"] == comm.rank else each for each in everyone]
+
+
+def _fetches_first(config: Config, everyone: Sequence[dict[str, Any]]) -> bool:
+    """Whether a training would get images that some node does not have: then nobody knows them yet."""
+    name = f"data {config.data.dataset}"
+    lacking = any(f["name"] == name and f["status"] != OK for each in everyone for f in each["findings"])
+    return lacking and doctor_checks.fetches_images(config.data)
 
 
 def _why_backend(backend: str, runtime: RuntimeConfig, launch: Launch, device: str) -> str:
@@ -173,6 +200,7 @@ def _report(launch: Launch, everyone: list[dict[str, Any]], problems: list[str])
     return {
         "ok": not problems,
         "problems": problems,
+        "notes": everyone[0]["notes"],
         "launcher": launch.launcher,
         "ranks": [each["row"] for each in everyone],
         "nodes": [node for node in nodes if node["findings"]],
@@ -192,22 +220,24 @@ def _print(config: Config, launch: Launch, everyone: list[dict[str, Any]], probl
     started = "none: one rank" if launch.launcher == "none" else f"{launch.launcher}: {launch.size} ranks"
     print(f"\nlauncher {started}" + ("" if len(everyone) == launch.size else ", of which only this one was heard"))
     _print_rows([each["row"] for each in everyone])
+    for note in everyone[0]["notes"]:
+        print(f"  {shown(note)}")
     print(f"\n{config.method}, {config.federation.clients} clients, data {config.data.dataset}: ", end="")
     print("this job could run here" if not problems else "this job could not run here")
     for problem in problems:
-        print(f"  !!  {problem}")
+        print(f"  !!  {shown(problem)}")
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
     marks = {GAP: "--", FAULT: "!!"}
     for finding in findings:
-        print(f"  {marks.get(finding.status, 'ok')}  {finding.name:20} {finding.what}")
+        print(f"  {marks.get(finding.status, 'ok')}  {finding.name:20} {shown(finding.what)}")
         if finding.remedy:
-            print(f"{'':26} > {finding.remedy}")
+            print(f"{'':26} > {shown(finding.remedy)}")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    cells = [COLUMNS, *([str(row[column]) for column in COLUMNS] for row in rows)]
+    cells = [COLUMNS, *([shown(row[column]) for column in COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     for line in cells:
         print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

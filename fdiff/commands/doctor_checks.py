@@ -19,8 +19,9 @@ from fdiff import __version__
 from fdiff.comm import transports
 from fdiff.config import Config, DataConfig
 from fdiff.data import CIFAR10_URL, open_source
-from fdiff.errors import one_line
-from fdiff.evaluation import INCEPTION_FILE, find_inception_weights
+from fdiff.errors import UserError, one_line
+from fdiff.evaluation import INCEPTION_FILE, default_extractor, find_inception_weights
+from fdiff.federation import check_folder
 from fdiff.runtime import Launch, visible_gpus
 
 GIB = 2**30
@@ -40,8 +41,9 @@ class Finding:
     remedy: str = ""
 
 
-def check_node(config: Config, launch: Launch) -> list[Finding]:
+def check_node(config: Config, launch: Launch, resume: bool) -> list[Finding]:
     """Everything that matters to the job, in the order in which it is printed."""
+    data, inception = _data(config), _inception()
     return [
         Finding("fdiff", OK, f"{__version__}, Python {platform.python_version()}, {sys.executable}"),
         *_torch(config, launch),
@@ -50,9 +52,10 @@ def check_node(config: Config, launch: Launch) -> list[Finding]:
         _package("submitit", "fdiff submit", "slurm"),
         _package("matplotlib", "fdiff report and partition --plot", "report"),
         _package("pyarrow", "data.dataset parquet", "parquet"),
-        *_data(config),
-        _inception(),
-        _run_folder(config.run_dir),
+        *data,
+        inception,
+        _offline(config, data, inception),
+        _run_folder(config.run_dir, launch, resume),
     ]
 
 
@@ -129,12 +132,17 @@ def _data(config: Config) -> list[Finding]:
     """The job's data set, opened; and the public ones that are in their usual places, or where the job's is."""
     data = config.data
     root = "data" if data.root is None or data.partition == "private" else data.root
-    found = [] if data.partition == "private" else [_data_set(data, FAULT)]
+    found = [] if data.partition == "private" else [_data_set(data, GAP if fetches_images(data) else FAULT)]
     for name in PUBLIC:
         if name != data.dataset or data.partition == "private":
             place = None if name == "fashion-mnist" else root
             found.append(_data_set(DataConfig(dataset=name, root=place), GAP))
     return found
+
+
+def fetches_images(data: DataConfig) -> bool:
+    """Whether a training gets the images where they are not here."""
+    return data.download and data.dataset == "fashion-mnist"
 
 
 def _data_set(data: DataConfig, if_missing: str) -> Finding:
@@ -160,18 +168,36 @@ def _inception() -> Finding:
     )
 
 
-def _run_folder(folder: Path) -> Finding:
-    """Whether the run folder can be made and written, found out by writing where it would be."""
+def _offline(config: Config, data: Sequence[Finding], inception: Finding) -> Finding:
+    """Whether a node that reaches no other host has all that training and scoring read, or what to fetch before."""
+    missing = [f"images of {config.data.dataset}"] if data and data[0].status == FAULT else []
+    if fetches_images(config.data) and data[0].status != OK:
+        missing = [f"images of {config.data.dataset}, which fdiff train would fetch"]
+    try:
+        extractor = default_extractor(config.data)
+    except UserError:  # the images' shape is not known yet, or none suits by itself
+        extractor = "inception"
+    if extractor == "inception" and inception.status != OK:
+        missing.append("Inception weights, which fdiff evaluate would fetch")
+    if missing:
+        what = f"not here: {'; '.join(missing)}"
+        return Finding("no internet", GAP, what, "where there is internet, the commands above; or copy the files")
+    return Finding("no internet", OK, f"images and the scores' extractor ({extractor}) are here; nothing is fetched")
+
+
+def _run_folder(folder: Path, launch: Launch, resume: bool) -> Finding:
+    """Whether the job can begin or go on in the run folder, and write it: found out by writing where it would be."""
     name = "run folder"
     place = folder
     try:
-        if folder.exists() and not folder.is_dir():
-            return Finding(name, FAULT, f"{folder} is a file", "--run.dir FOLDER")
+        if launch.rank == 0:  # as in a training: on other nodes it may be another
+            check_folder(folder, resume)
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free / GIB
+    except UserError as error:
+        what, _, remedy = str(error).removeprefix("run.dir: ").partition("; ")
+        return Finding(name, FAULT, what, remedy)
     except OSError as error:
         return Finding(name, FAULT, f"{place} cannot be written ({error.strerror})", "--run.dir FOLDER")
-    if place == folder.absolute() and any(folder.iterdir()):
-        return Finding(name, GAP, f"{folder} exists already, {free:.0f} GiB free", "--run.dir FOLDER, or --resume")
     return Finding(name, OK, f"{folder} can be written, {free:.0f} GiB free")

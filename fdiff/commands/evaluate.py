@@ -15,6 +15,7 @@ import torch
 from fdiff import checkpoint as checkpoints
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
+from fdiff.errors import shown
 from fdiff.evaluation import Row, Scoring, ScoringRequest, described, find_warnings, sampling_config, summaries
 from fdiff.federation import Saved, append_jsonl, on_rank_0, open_together, together
 from fdiff.runtime import cache_folder
@@ -110,7 +111,7 @@ def _tell(saved: Saved, rows: list[Row], json: bool) -> None:
         return
     print(_table(saved, rows), flush=True)
     for warning in found:
-        print(f"warning: {warning}", flush=True)
+        print(f"warning: {shown(warning)}", flush=True)
 
 
 def _as_object(saved: Saved, rows: list[Row], found: list[str]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _table(saved: Saved, rows: list[Row]) -> str:
             found = summaries(of_kind)
             for fact, title in SUMMARY.items():
                 cells.append([title, *(_cell(found[n][fact]) if n in found else "" for n in names)])
-    return "\n".join([f"{saved.path}: round {saved.round}", described(rows[0]), "", *_aligned(cells)])
+    return "\n".join([f"{shown(saved.path)}: round {saved.round}", shown(described(rows[0])), "", *_aligned(cells)])
 
 
 def _kinds(rows: list[Row]) -> list[tuple[bool, list[Row]]]:

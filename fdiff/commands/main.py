@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fdiff import __version__
 from fdiff.comm import Communicator, LostRanks, NoRendezvous, Stranger, agree, connect
+from fdiff.commands import streams
 from fdiff.commands.flags import COMMANDS, Request, parse
 from fdiff.commands.same_request import compare_requests
 from fdiff.config import RuntimeConfig
-from fdiff.errors import RunError, UserError, one_line, printable
+from fdiff.errors import RunError, UserError, one_line
 from fdiff.runtime import killed_for_memory, launcher, set_up
 
 EARLY_S = 60.0  # how long ranks wait for each other to say that the request is bad
@@ -28,6 +27,7 @@ EARLY_S = 60.0  # how long ranks wait for each other to say that the request is 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a failed run, 2 for a bad request, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    streams.take_over()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0 if arguments else 2
@@ -38,48 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = launcher.detect()
     except UserError as error:
         return _say(error)
-    _outlive_readers()
     level = logging.INFO if launch.rank == 0 else logging.ERROR
     handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(message)s"))
+    handler.setFormatter(streams.PrintableFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
     return _serve(arguments, launch)
-
-
-class PrintableFormatter(logging.Formatter):
-    """Shows what a message brings along of a file's name or of another's text as characters, and has it do nothing."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """The message in one line; what follows it, a traceback, is left as it is."""
-        return printable(super().formatMessage(record))
-
-
-class _PrintableText(io.TextIOWrapper):
-    """The same for all that is printed, tables above all; a line may end, and a progress bar go back."""
-
-    def write(self, text: str) -> int:
-        return super().write(printable(text, keep="\n\t\r"))
-
-
-class _ReaderMayLeave(io.FileIO):
-    """A stream whose reader, e.g. `head`, may have had enough: what follows goes nowhere, and changes nothing."""
-
-    def write(self, data: Any) -> int | None:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(data)
-
-
-def _outlive_readers() -> None:
-    """Make stdout and stderr streams of that kind, unless something else stands in for them, e.g. a test's capture."""
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__") and stream.fileno() == number:
-            raw = io.BufferedWriter(_ReaderMayLeave(number, "w", closefd=False))
-            buffered = stream.line_buffering or name == "stderr"
-            setattr(sys, name, _PrintableText(raw, stream.encoding, stream.errors, line_buffering=buffered))
 
 
 def overview() -> str:

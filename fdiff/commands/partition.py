@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from fdiff.data import split_source
 from fdiff.data.partition import label_counts
 from fdiff.errors import UserError
 from fdiff.federation import open_data
+from fdiff.runtime import check_output
+
+PLOTS = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 
 
 def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None:
@@ -20,8 +24,11 @@ def run(config: Config, *, json: bool = False, plot: Path | None = None) -> None
 
     Args:
         json: Print one JSON object instead of a table.
-        plot: Also draw the counts as a heat map into this PNG file.
+        plot: Also draw the counts as a heat map into this file: .png, .pdf, .svg, .eps, .jpg, .webp or .tif.
     """
+    if plot is not None:
+        check_output("--plot", plot, PLOTS)
+        _figure()
     counts = counts_of_labels(config)
     sizes = [sum(of_client.values()) for of_client in counts]
     if plot is not None:
@@ -51,14 +58,9 @@ def counts_of_labels(config: Config) -> list[dict[int, int]]:
 
 def draw(counts: list[dict[int, int]], path: Path) -> None:
     """The heat map of clients by labels, the counts written into the cells; UserError if it cannot be had."""
-    try:
-        from matplotlib.figure import Figure  # slow to import, and only wanted here
-    except ImportError as error:
-        raise UserError(f"--plot: {error.name} is not installed; pip install 'fdiff[report]'") from None
-
     labels = sorted(set().union(*counts))
     table = np.array([[of_client.get(label, 0) for label in labels] for of_client in counts])
-    figure = Figure(figsize=(1.6 + 0.55 * len(labels), 1.4 + 0.38 * len(counts)), layout="constrained")
+    figure = _figure()(figsize=(1.6 + 0.55 * len(labels), 1.4 + 0.38 * len(counts)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
     for (client, column), n in np.ndenumerate(table):
@@ -68,6 +70,16 @@ def draw(counts: list[dict[int, int]], path: Path) -> None:
     axes.set_xticklabels([str(label) for label in labels])
     figure.colorbar(image, label="images")
     try:
-        figure.savefig(path, dpi=150, format="png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, format=path.suffix[1:].lower())
     except OSError as error:
         raise UserError(f"--plot: {path} cannot be written ({error.strerror}); give another file") from None
+
+
+def _figure() -> type[Any]:
+    """matplotlib's class of figures; UserError if it is not installed."""
+    try:
+        from matplotlib.figure import Figure  # slow to import, and only wanted here
+    except ImportError as error:
+        raise UserError(f"--plot: {error.name} is not installed; pip install 'fdiff[report]'") from None
+    return Figure

@@ -18,6 +18,7 @@ from fdiff.federation import (
     Memory,
     count_images,
     forecast_run,
+    idle_note,
     infer_image_shape,
     memory_of_rank,
     methods_table,
@@ -88,12 +89,10 @@ def run(
     placement = placement_for(config, ranks, images)
     most = max(len(hosted_at(placement, rank)) for rank in range(ranks))
     print(_memory(memory_of_rank(config, 0, ranks, most), most))
-    if "idle" in cost:
-        idle = cost["idle"]
-        print(
-            f"ranks wait for the slowest for {idle['balanced']:.0%} of their time; with neighbours on a rank it would "
-            f"be {idle['neighbours']:.0%}"
-        )
+    if note := idle_note(config, placement, images):
+        print(note)
+    if cost["idle"]["neighbours"] > cost["idle"]["balanced"]:
+        print(f"with neighbours on a rank, in place of clients balanced by images: {cost['idle']['neighbours']:.0%}")
     print(f"\nall methods, {config.federation.rounds} rounds, {total} clients on {ranks} ranks:")
     print(methods_table(config, ranks, images))
 

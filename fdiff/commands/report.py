@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from fdiff.errors import UserError, one_line
+from fdiff.errors import UserError, one_line, shown
 from fdiff.federation import write_atomically
+from fdiff.runtime import check_output
 
 log = logging.getLogger(__name__)
+
+PAGES = (".html", ".htm")
 
 
 def run(runs: list[Path], *, out: Path | None = None) -> None:
@@ -25,6 +28,8 @@ def run(runs: list[Path], *, out: Path | None = None) -> None:
     except ImportError as error:
         raise UserError(f"fdiff report: {error.name} is not installed; pip install 'fdiff[report]'") from None
 
+    if out is not None:
+        check_output("--out", out, PAGES)
     sound, refused = [], []
     for folder in {folder.resolve(): folder for folder in runs}.values():
         try:
@@ -41,7 +46,8 @@ def run(runs: list[Path], *, out: Path | None = None) -> None:
 
 def _write(target: Path, page: str) -> None:
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, page)
     except OSError as error:
         raise UserError(f"--out: {target} cannot be written ({error.strerror}); give another file") from None
-    print(target, flush=True)
+    print(shown(target), flush=True)

@@ -15,6 +15,7 @@ import torch
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.data import check_target, needs_array, save_images
+from fdiff.errors import shown
 from fdiff.evaluation import sampling_config
 from fdiff.federation import Trainer, choose_model, model_name, on_rank_0, open_together, sampling, together
 
@@ -42,8 +43,8 @@ def run(
     Args:
         checkpoint: Folder of a checkpoint, or of a run: then its newest.
         runtime: Where and how it runs.
-        out: FILE.png for one grid, FILE.h5 for a dataset `images`, anything else for a folder of PNGs; where PNGs
-            cannot hold the images, FILE.npy is written beside the grid, or images.npy into the folder.
+        out: FILE.png for one grid, FILE.h5 for a dataset `images`, a name without suffix for a folder of PNGs; where
+            PNGs cannot hold the images, FILE.npy is written beside the grid, or images.npy into the folder.
         images: How many.
         first: Number of the first one: after 64 images, --first 64 draws those that follow.
         seed: Seed of the noise; by default that of the run.
@@ -62,7 +63,7 @@ def run(
     config = together(comm, lambda: replace(sampling_config(saved.config, **chosen), runtime=runtime))
     data = config.data
     on_rank_0(comm, lambda: check_target(out, needs_array(data.shape[0], data.range)))
-    shown = together(comm, lambda: _classes(classes, config.model.classes))
+    wanted = together(comm, lambda: _classes(classes, config.model.classes))
     client, average = together(comm, lambda: choose_model(saved, client, ema))
 
     def trainer_with_model() -> Trainer:
@@ -72,10 +73,10 @@ def run(
 
     trainer = together(comm, trainer_with_model)
     seeded = config if seed is None else replace(config, run=replace(config.run, seed=seed))
-    drawn = sampling.draw_all(comm, trainer, seeded, images, client, saved.round, first, shown)
+    drawn = sampling.draw_all(comm, trainer, seeded, images, client, saved.round, first, wanted)
     on_rank_0(comm, lambda: save_images(drawn, out, data.range, first))
     if comm.rank == 0:
-        print(f"{images} images of {model_name(client, average, saved.round)}: {out}")
+        print(f"{images} images of {model_name(client, average, saved.round)}: {shown(out)}")
 
 
 def _classes(given: str | None, classes: int) -> list[int] | None:

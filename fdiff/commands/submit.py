@@ -20,7 +20,7 @@ from fdiff import registry, sweeps
 from fdiff.commands.submit_job import Sweeping, Training, load_submitit, slurm_state
 from fdiff.config import Config, flat, to_dict
 from fdiff.config_file import apply_config_file, as_yaml
-from fdiff.errors import RunError, UserError
+from fdiff.errors import RunError, UserError, shown
 from fdiff.federation import check_ranks
 from fdiff.runtime import expand_path, launcher
 
@@ -134,10 +134,10 @@ def run(
         return
     jobs = _submit(executor, [task.call for task in tasks])
     for job, task in zip(jobs, tasks, strict=True):
-        print(f"job {job.job_id}  run {task.folder}  log {_log(job)}")
+        print(f"job {job.job_id}  run {shown(task.folder)}  log {shown(_log(job))}")
     stop = "kill" if cluster == "local" else "scancel"
     ids = " ".join(job.job_id for job in jobs)
-    print(f"follow:  tail -F {shlex.quote(str(_log(jobs[0])))}\nstop:    {stop} {ids}", flush=True)
+    print(f"follow:  tail -F {shlex.quote(shown(_log(jobs[0])))}\nstop:    {stop} {ids}", flush=True)
     if wait:
         _wait(jobs, tasks, cluster)
 

@@ -41,6 +41,7 @@ def run(
     """
     path = together(comm, lambda: sweeps.find(str(file)))
     folder = out or Path("runs") / path.stem
+    together(comm, lambda: _check_folder(folder))
     sweep = together(comm, lambda: sweeps.read(path, folder, runtime))
     sweep = sweeps.with_image_shapes(sweep, comm)
     if plan:
@@ -69,6 +70,12 @@ def run(
         outcome = RunError("; ".join(f"{name}: {text}" for name, text in failed.items()))
         outcome.agreed = True
         raise outcome
+
+
+def _check_folder(folder: Path) -> None:
+    """UserError if what is to be the folder of the sweep is a file, or looks like one of its tables."""
+    if folder.suffix in (".txt", ".csv", ".tex") or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--out: {folder} is not valid; name a folder, which gets table.txt, table.csv and table.tex")
 
 
 def _interrupted(error: Interrupted) -> Interrupted:

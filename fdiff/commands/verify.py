@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fdiff.checkpoint import GLOBAL, generations, inspect, round_of
-from fdiff.errors import RunError, UserError, one_line
+from fdiff.errors import RunError, UserError, one_line, shown
 from fdiff.federation import find_gaps, find_problems, log_problem
 
 
@@ -26,7 +26,7 @@ def run(checkpoint: Path) -> None:
     except OSError as error:
         raise RunError(str(one_line(error))) from None
     for line in wrong:
-        print(f"damaged  {line}")
+        print(f"damaged  {shown(line)}")
     if wrong:
         raise RunError(f"{checkpoint}: {len(wrong)} problem{'s' * (len(wrong) > 1)}; the rest is sound")
 
@@ -49,5 +49,5 @@ def report(path: Path) -> list[str]:
     for name, file in found.items():
         if not file.problems:
             size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in file.datasets.values())
-            print(f"sound    {path / name}: {len(file.datasets)} datasets, {size:,} bytes")
+            print(f"sound    {shown(path / name)}: {len(file.datasets)} datasets, {size:,} bytes")
     return find_problems(path, found)

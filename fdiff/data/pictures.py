@@ -53,6 +53,9 @@ def check_target(path: Path, array: bool = False) -> None:
     if array and path.suffix.lower() in GRIDS and path.with_suffix(".npy").exists():
         raise UserError(f"--out: {path.with_suffix('.npy')} exists already; name another FILE.png")
     is_file = path.suffix.lower() in GRIDS + ARRAYS
+    if path.suffix and not is_file and not path.is_dir():
+        right = "FILE.png for a grid, FILE.h5 for an array, or a folder by a name without a suffix"
+        raise UserError(f"--out: {path} is not valid: nothing is written as {path.suffix}; name {right}")
     if path.is_dir() if is_file else path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--out: {path} exists already; name a new folder, FILE.png or FILE.h5")
     nearest = next(folder for folder in path.absolute().parents if folder.exists())

@@ -9,11 +9,12 @@ from __future__ import annotations
 from fdiff.federation.assemble import check_ranks
 from fdiff.federation.client import Client, Report, Trainer
 from fdiff.federation.export import choose_model, load_model, model_name, model_of, save_model
-from fdiff.federation.federator import Federator
+from fdiff.federation.federator import Federator, check_folder
 from fdiff.federation.forecast import (
     bytes_by_purpose,
     communicated,
     forecast_run,
+    idle_note,
     itemsize,
     methods_table,
     payload_of,
@@ -24,6 +25,7 @@ from fdiff.federation.forecast import (
 )
 from fdiff.federation.logs import append_jsonl, read_regular, write_atomically
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
+from fdiff.federation.rehearsal import rehearse
 from fdiff.federation.rounds import Federation, run
 from fdiff.federation.run_files import find_gaps, images_of, log_problem, read_config, read_log, read_setting
 from fdiff.federation.same_code import checksum_of, find_differences

@@ -136,19 +136,31 @@ def set_up_rank(
 
     UserError if there are fewer clients than ranks.
     """
-    together(comm, lambda: check_ranks(config, comm.size))
-    opened = open_data(config, comm)
-    config = opened.config
-    split = together(comm, lambda: _split(opened))
-    placement = place(config, comm.size, {client: len(rows) for client, rows in enumerate(split)} if split else None)
-    hosted = hosted_at(placement, comm.rank)
-    _check_memory(config, comm, device, len(hosted))
+    opened, split, placement = find_clients(config, comm, device, place)
+    config, hosted = opened.config, hosted_at(placement, comm.rank)
     shards, labels = open_shards(opened, comm, split, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
     host = together(comm, lambda: Host(Trainer(config, device), own))
     return RankSetup(config, comm, host, images, placement, opened, _committer(config, comm), setting)
+
+
+def find_clients(
+    config: Config, comm: Communicator, device: torch.device, place: Callable[..., Placement] = placement_for
+) -> tuple[OpenedData, list[np.ndarray] | None, Placement]:
+    """The images, how they are split (see `_split`) and where clients are: all that is known before memory is taken.
+
+    UserError for all that shows by then: too many ranks, images that are unfit or too few, too little memory.
+    """
+    together(comm, lambda: check_ranks(config, comm.size))
+    opened = open_data(config, comm)
+    config = opened.config
+    split = together(comm, lambda: _split(opened))
+    together(comm, lambda: [check_labels(source, config.model.classes) for source in opened.sources])
+    placement = place(config, comm.size, {client: len(rows) for client, rows in enumerate(split)} if split else None)
+    _check_memory(config, comm, device, len(hosted_at(placement, comm.rank)))
+    return opened, split, placement
 
 
 def _setting(
@@ -227,8 +239,6 @@ def open_shards(
         pairs = [(source, split[client]) for client in clients]
 
     def shards() -> list[Shard]:
-        for source, _ in pairs:
-            check_labels(source, config.model.classes)
         how = {"in_memory": data.in_memory, "workers": data.workers, "patience_s": _patience_s(config)}
         return [Shard(source, indices, device, **how) for source, indices in pairs]
 

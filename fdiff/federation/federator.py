@@ -72,19 +72,7 @@ class Federator:
 
         A resumption that finds nothing to go on from says that it is a new start.
         """
-        if self.dir.exists() and not self.dir.is_dir():
-            raise UserError(f"run.dir: '{self.dir}' is a file; name a folder")
-        found = [f.name for f in self.dir.iterdir()] if self.dir.exists() else []
-        if resume and OWN.isdisjoint(found) and any(not name.startswith(".") for name in found):
-            raise UserError(
-                f"run.dir: '{self.dir}' is not a run's folder (no config.yaml), so there is nothing to resume; name a "
-                "run's folder, or one that is new"
-            )
-        if not resume and any(name != LOCK for name in found):
-            raise UserError(
-                f"run.dir: '{self.dir}' exists already; choose another, or pass --resume to go on from its newest "
-                "checkpoint"
-            )
+        check_folder(self.dir, resume)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             lock(self.dir / LOCK)
@@ -219,6 +207,27 @@ class NoFederator:
 def federator_on(config: Config, rank: int) -> Federator | NoFederator:
     """The federator on rank 0, elsewhere one that does nothing."""
     return Federator(config) if rank == 0 else NoFederator()
+
+
+def check_folder(run_dir: Path, resume: bool) -> None:
+    """UserError if a run cannot be in this folder: it is there, not to be resumed, or is no run."""
+    try:
+        str(run_dir).encode()
+    except UnicodeEncodeError:  # TensorBoard, for one, could not name its files
+        raise UserError(f"run.dir: '{run_dir}' is no UTF-8; name another, or set a locale that can say it") from None
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run.dir: '{run_dir}' is a file; name a folder")
+    found = [f.name for f in run_dir.iterdir()] if run_dir.exists() else []
+    if resume and OWN.isdisjoint(found) and any(not name.startswith(".") for name in found):
+        raise UserError(
+            f"run.dir: '{run_dir}' is not a run's folder (no config.yaml), so there is nothing to resume; name a "
+            "run's folder, or one that is new"
+        )
+    if not resume and any(name != LOCK for name in found):
+        raise UserError(
+            f"run.dir: '{run_dir}' exists already; choose another, or pass --resume to go on from its newest "
+            "checkpoint"
+        )
 
 
 _locks: list[int] = []

@@ -32,12 +32,14 @@ from fdiff.plan import (
     neighbours,
     plan_round,
     reporting_ranks,
+    select_clients,
     shared_parts,
     wire_bytes,
 )
 
 Images = Mapping[int, int] | None  # training images of each client, where they are known
 
+ROUNDS_LOOKED_AT = 100  # of a run, for how long ranks wait
 GOODPUT = 1448 / 1538  # of a link: what TCP over IPv4 leaves of an Ethernet frame of 1500 bytes and the gap behind it
 
 
@@ -124,12 +126,37 @@ def communicated(plan: RoundPlan, payload: Payload, new: int) -> int:
 
 
 def _idle(planned: Sequence[RoundPlan], images: Images, placement: Placement) -> dict[str, Any]:
-    """The share of their time in which ranks wait for the slowest, as clients are placed and as neighbours."""
-    if images is None:
-        return {}
+    """The share of their time in which ranks wait for the slowest, as clients are placed and as neighbours.
+
+    Of clients alike in size where nobody knows their images.
+    """
+    images = images or dict.fromkeys(range(len(placement)), 1)
     selected, plain = [plan.selected for plan in planned], neighbours(len(images), max(placement) + 1)
     shares = {"balanced": idle_share(selected, images, placement), "neighbours": idle_share(selected, images, plain)}
     return {"idle": shares}
+
+
+def idle_note(config: Config, placement: Placement, images: Images = None) -> str:
+    """Which ranks wait for others while clients train, and how many ranks would not; "" where hardly any does.
+
+    Of clients alike in size where nobody knows their images.
+    """
+    fed, ranks = config.federation, max(placement) + 1
+    sizes = images or dict.fromkeys(range(fed.clients), 1)
+    rounds = range(1, min(fed.rounds, ROUNDS_LOOKED_AT) + 1)
+    selected = [select_clients(fed.clients, round, config.run.seed, fed.fraction) for round in rounds]
+    share = idle_share(selected, sizes, placement)
+    if share < 0.005:
+        return ""
+    note = f"{fed.clients} clients on {ranks} ranks: ranks wait for the slowest for {share:.0%} of the training time"
+    most = max(placement.count(rank) for rank in range(ranks))
+    short = sum(placement.count(rank) < most for rank in range(ranks))
+    if fed.fraction < 1 or not short or max(sizes.values()) > min(sizes.values()) + 1:
+        return note
+    fewest, more = math.ceil(fed.clients / most), math.ceil(fed.clients / (most - 1))
+    note += f"; ranks with nothing to do for 1/{most} of each round: {short}"
+    same = f"{fewest} ranks as long, " if fewest < ranks else ""
+    return f"{note}; it would take {same}{more} ranks {most - 1}/{most} of the time"
 
 
 def _compressed(config: Config, payload: Payload, first: RoundPlan, placement: Placement) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fdiff.federation.client import Client
 from fdiff.federation.commits import Commits
 from fdiff.federation.dropped_clients import agree_on_dropped, train_or_undo
 from fdiff.federation.federator import federator_on
-from fdiff.federation.forecast import averages_ema, placement_for
+from fdiff.federation.forecast import averages_ema, idle_note, placement_for
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
 from fdiff.federation.record import Round, rows_of
@@ -190,6 +190,8 @@ class Federation:
         together(self.comm, lambda: self.federator.begin(self._last, self.rank.setting, logs), "run folder")
         for note in self.rank.opened.notes:
             log.info("data: %s", note)
+        if idle := idle_note(self.config, self.rank.placement, self.rank.images):
+            log.info(idle)
         return self._last
 
     def commit_and_stop(self, interruption: Interrupted) -> RunError:

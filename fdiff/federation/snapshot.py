@@ -198,9 +198,7 @@ def restore(
     """
     arrays, saved, _ = checkpoint.read_generation(path)
     before = check_global(path, saved, described(arrays))
-    _check_same_run(path, saved, host.trainer.config)
-    if not host.trainer.config.data.changed:
-        _check_same_images(path, saved, images, fingerprints, host.trainer.config)
+    check_same(path, saved, host.trainer.config, images, fingerprints)
     own = [c.index for c in host.clients] if has_client_files(before) else []
     states = checkpoint.read_clients(path, saved, own)
     for part, span in host.slices.items():
@@ -235,6 +233,19 @@ def _fill(tensor: Tensor, arrays: Mapping[str, np.ndarray], name: str, file: Pat
     if values.dtype != tensor.dtype:
         raise UserError(f"runtime.precision: {file} holds {values.dtype}, this run computes in {tensor.dtype}")
     tensor.copy_(values)
+
+
+def check_same(
+    path: Path,
+    saved: Mapping[str, Any],
+    config: Config,
+    images: Mapping[int, int],
+    fingerprints: Sequence[Fingerprint] = (),
+) -> None:
+    """UserError unless the checkpoint whose global.h5 has this header is of the run that is configured now."""
+    _check_same_run(path, saved, config)
+    if not config.data.changed:
+        _check_same_images(path, saved, images, fingerprints, config)
 
 
 def _check_same_run(path: Path, saved: Mapping[str, Any], config: Config) -> None:

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from fdiff.errors import printable
+
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = ("#3b82c4", "#e0803a", "#3d9e6f", "#b65fbf", "#c9a227", "#d3546b", "#4aa8b8", "#8a7cc9")
 LINE = 0.17  # inches, of text in a legend or beside a bar
@@ -104,7 +106,7 @@ def heat_map(counts: Sequence[Mapping[str, int]], title: str) -> str:
             if n:
                 colour = "#ffffff" if n > 0.55 * table.max() else "#10202f"
                 axes.text(column, client, str(n), ha="center", va="center", fontsize=8.5, color=colour)
-    axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), xticklabels=labels)
+    axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), xticklabels=list(map(printable, labels)))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -115,10 +117,10 @@ def heat_map(counts: Sequence[Mapping[str, int]], title: str) -> str:
 def bars(values: Mapping[str, float], xlabel: str, highlight: str, note: Mapping[str, str]) -> str:
     """Horizontal bars by name with a note behind each, one of them highlighted."""
     figure, axes = _figure(5.0, 0.9 + 0.42 * len(values))
-    names = list(values)
-    colours = [COLOURS[0] if name == highlight else "#8fa3b5" for name in names]
+    names = list(map(printable, values))
+    colours = [COLOURS[0] if name == printable(highlight) else "#8fa3b5" for name in names]
     drawn = axes.barh(names, list(values.values()), color=colours, height=0.62)
-    axes.bar_label(drawn, [note[name] for name in names], padding=4, fontsize=10, color=INK)
+    axes.bar_label(drawn, [note[name] for name in values], padding=4, fontsize=10, color=INK)
     axes.set(xlabel=xlabel)
     axes.margins(x=0.25)
     axes.invert_yaxis()
@@ -154,8 +156,8 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _folded(name: str, width: int) -> str:
-    """A name in lines of so many letters, without letters that no text can have."""
-    return "\n".join(textwrap.wrap(name.encode("utf-8", "replace").decode("utf-8"), width)) or name
+    """A name in lines of so many letters, what would act on the text around it escaped."""
+    return "\n".join(textwrap.wrap(printable(name), width)) or printable(name)
 
 
 def _legend_above(axes: Axes, named: Mapping[str, Artist]) -> None:
@@ -175,7 +177,7 @@ def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters that matplotlib's font lacks
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = printable(buffer.getvalue(), keep="\n")
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     prefix = f"f{next(_counter)}-"
     text = re.sub(r'\bid="', f'id="{prefix}', text)
@@ -185,4 +187,5 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     limit = f"{1.45 * float(width[1]):.0f}px" if width else "100%"
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}" style="max-width:{limit}"', 1)
+    label = html.escape(printable(title))
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}" style="max-width:{limit}"', 1)

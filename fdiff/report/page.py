@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fdiff import __version__
 from fdiff.config import flat, to_dict
-from fdiff.errors import UserError
+from fdiff.errors import UserError, printable
 from fdiff.evaluation import DISTANCES
 from fdiff.federation import forecast_run
 from fdiff.model import parts_of
@@ -38,8 +38,10 @@ SCORES = {  # name: what the chart's axis says of it, and of its values
 def render(runs: Sequence[Run]) -> str:
     """The HTML page of these runs, side by side."""
     runs = named_apart(runs)
-    environment = Environment(loader=PackageLoader("fdiff.report"), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("page.html.j2").render(
+    environment = Environment(
+        loader=PackageLoader("fdiff.report"), autoescape=True, undefined=StrictUndefined, finalize=_shown
+    )
+    return environment.get_template("page.html.j2").render(
         runs=runs,
         version=__version__,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -54,7 +56,11 @@ def render(runs: Sequence[Run]) -> str:
         fields=_fields(runs),
         environments=[_environment(run) for run in runs],
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a path on a disk can have letters that are none
+
+
+def _shown(value: Any) -> Any:
+    """Text without what would turn round the text about it or end its line, escaped; markup of our own as it is."""
+    return printable(value) if type(value) is str else value
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:

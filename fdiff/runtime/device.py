@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +39,7 @@ def set_up(runtime: RuntimeConfig, launch: Launch) -> torch.device:
     device = choose_device(runtime, launch)
     if device.type == "cpu" and runtime.execution == "captured":
         raise UserError("runtime.execution: 'captured' needs a GPU; use eager, compiled or auto")
-    cores = os.cpu_count() or 1
-    if (runtime.threads or 1) > 4 * cores:
-        raise UserError(f"runtime.threads: {runtime.threads} is not valid; at most 4 for each of {cores} cores")
+    _check_threads("runtime.threads", runtime.threads or 1)
     torch.set_num_threads(runtime.threads or default_threads(runtime, launch))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -103,11 +101,30 @@ def _visibility(launch: Launch) -> str:
 # --- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def default_threads(runtime: RuntimeConfig, launch: Launch) -> int:
-    """1 in ordered reduction, whose sums must not depend on the number of threads, else this rank's share of cores."""
+def default_threads(runtime: RuntimeConfig, launch: Launch, environment: Mapping[str, str] = os.environ) -> int:
+    """1 in ordered reduction, whose sums must not depend on the number of threads, else what OMP_NUM_THREADS says.
+
+    Where it is not set: this rank's share of cores. Then torchrun sets it to 1 for several ranks of a node, and so a 1
+    of theirs counts as not set: nobody can tell it from one of the user's own, who has `runtime.threads`. UserError if
+    it is no number of threads.
+    """
     if runtime.reduction == "ordered":
         return 1
+    first = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # others are of nested loops
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environment and launch.local_size > 1
+    if first and not (first == "1" and by_torchrun):
+        if not (first.isascii() and first.isdigit() and int(first)):
+            raise UserError(f"OMP_NUM_THREADS: {first!r} is not valid; set it to a whole number from 1, or unset it")
+        return _check_threads("OMP_NUM_THREADS", int(first))
     return share_of_cores(len(os.sched_getaffinity(0)), len(os.sched_getaffinity(os.getppid())), launch.local_size)
+
+
+def _check_threads(name: str, threads: int) -> int:
+    """The number itself; UserError if it is more than makes sense here."""
+    cores = os.cpu_count() or 1
+    if threads > 4 * cores:
+        raise UserError(f"{name}: {threads} is not valid; at most 4 for each of {cores} cores")
+    return threads
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -1,10 +1,11 @@
-"""Paths as a person writes them, in a flag or in a file: a shell may not have seen them."""
+"""Paths as a person writes them, in a flag or in a file: a shell may not have seen them. And files to be written."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fdiff.errors import UserError
 
@@ -32,3 +33,18 @@ def expand_path(name: str, text: str, environment: Mapping[str, str] = os.enviro
         return environment[variable]
 
     return _VARIABLE.sub(value, home + slash + rest)
+
+
+def check_output(flag: str, path: Path, suffixes: Sequence[str]) -> None:
+    """UserError unless a file of one of these suffixes can be written there, as far as that shows before the work.
+
+    Folders on the way to it that do not exist count as writable: whoever writes makes them.
+    """
+    right = f"name a file that ends in {' or '.join(suffixes)}"
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag}: {path} is not valid; {right}")
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder; {right}")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{flag}: {path} cannot be written ({nearest} is no folder to write in); give another path")

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
+from fdiff.errors import shown
 from fdiff.evaluation import described
 from fdiff.sweeps.grid import told
 from fdiff.sweeps.results import Result
@@ -14,6 +15,9 @@ from fdiff.sweeps.results import Result
 BEFORE = ("method", "partition")
 AFTER = ("K", "E", "round", "score", "worst", "N", "saving", "wire MB", "time s")
 NUMBERS = AFTER
+LATEX = str.maketrans({c: rf"\{c}" for c in "%_&#${}"} | {
+    "±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+})  # fmt: skip
 
 
 def as_text(results: Sequence[Result]) -> str:
@@ -68,7 +72,7 @@ def _cells(result: Result, varied: Sequence[str]) -> tuple[str, ...]:
     return (
         result.method + (" (average)" if result.ema else ""),
         result.partition,
-        *(told(result.varied.get(field, "")) for field in varied),
+        *(shown(told(result.varied.get(field, ""))) for field in varied),
         str(result.clients),
         str(result.local_epochs),
         str(result.round),
@@ -85,8 +89,8 @@ def _said_above(results: Sequence[Result]) -> list[str]:
     """The metric, and each way in which something in the table was scored."""
     metrics = ", ".join(sorted({result.metric for result in results})) or "none yet"
     ways = dict.fromkeys(described(asdict(result)) for result in results)
-    return [f"score: {metrics}, lower is better, mean ± deviation over clients", *ways]
+    return [f"score: {metrics}, lower is better, mean ± deviation over clients", *map(shown, ways)]
 
 
 def _escape(cell: str) -> str:
-    return cell.replace("%", r"\%").replace("±", r"$\pm$").replace("_", r"\_")
+    return cell.translate(LATEX)

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import mpi_libraries
 import pytest
-from jobs import Done, execute, on_ranks
+from jobs import TINY, Done, execute, fdiff, on_ranks
 from launchers import LAUNCHERS, environment
 
 pytestmark = pytest.mark.slow
@@ -182,3 +182,67 @@ def test_an_mpi_that_srun_did_not_start_is_a_world_of_one_and_refused(request, t
     done = execute(words, tmp_path, env=environment(launcher, request))
     assert done.status == 1 and "this job could not run here" in done.out
     assert "says that this is rank 0 of 1, and the launcher (srun) says rank 1 of 2" in done.out
+
+
+def test_it_refuses_what_train_refuses(tmp_path):
+    """With the same flags, and by the same line: a folder, a split, the images; and not where one may go on."""
+    tiny = ("--federation.clients", "4", "--data.limit", "64", "--data.image_side", "8", "--model.dim", "8")
+    tiny += ("--model.dim_mults", "[1,2]", "--model.head_dim", "8", "--runtime.threads", "1")
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "exists" / "thesis.tex").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ("--run.dir", "exists"),
+        ("--run.dir", "exists", "--resume"),
+        ("--data.limit", "3"),
+        ("--model.classes", "3"),
+        ("--optim.batch_size", "1000000000"),
+    ]
+    for flags in cases:
+        words = [*tiny, *flags]
+        doctor, train = (fdiff(command, *words, cwd=tmp_path) for command in ("doctor", "train"))
+        assert doctor.status and train.status == 2, (flags, doctor, train)
+        said = train.err.splitlines()[-1].removeprefix("fdiff: error: ").removeprefix("run.dir: ")
+        assert said.partition("; ")[0] in doctor.err, flags
+    fine = fdiff("doctor", *tiny, "--run.dir", "empty", cwd=tmp_path).check()
+    assert "this job could run here" in fine.out and not any((tmp_path / "empty").iterdir())
+
+
+def test_it_goes_on_where_train_would(tmp_path):
+    flags = [*TINY, "--federation.rounds", "1", "--run.dir", "run"]
+    fdiff("train", *flags, cwd=tmp_path).check()
+    assert "'run' exists already" in fdiff("doctor", *flags, cwd=tmp_path).err
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    fdiff("doctor", *flags, "--resume", cwd=tmp_path).check()
+    other = fdiff("doctor", *flags, "--resume", "--optim.lr", "0.5", cwd=tmp_path)
+    assert other.status == 1 and "other values of optim.lr (was 1e-05, is 0.5)" in other.err
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_ranks_that_wait_and_what_they_communicate_over(tmp_path):
+    env = {"OMPI_MCA_btl": "self", "UCX_LOG_LEVEL": "x\x1b[31m\ny", "NCCL_DEBUG": "WARN"}
+    first, _ = on_ranks(2, "doctor", *TINY, "--federation.clients", 3, cwd=tmp_path, before=partial(take_away, (), env))
+    lines = first.check().out.splitlines()
+    assert any("network              gloo: lo (all ranks are on this node)" in line for line in lines)
+    assert any(r"NCCL_DEBUG=WARN OMPI_MCA_btl=self UCX_LOG_LEVEL=x\x1b[31m\ny" in line for line in lines)
+    assert any("3 clients on 2 ranks: ranks wait for the slowest for 2" in line for line in lines)
+    assert any("no internet          images and the scores' extractor (fmnist-cnn) are here" in line for line in lines)
+    header = next(line for line in lines if line.split()[:1] == ["rank"])
+    assert header.split() == ["rank", "host", "local", "device", "backend", "threads", "cores", "why"]
+
+
+def test_an_interface_that_is_not_here_is_a_fault(tmp_path):
+    first, _ = on_ranks(
+        2, "doctor", cwd=tmp_path, before=partial(take_away, (), {"GLOO_SOCKET_IFNAME": "eth99"})
+    )
+    assert first.status == 1 and "GLOO_SOCKET_IFNAME=eth99 names no interface of this host" in first.err
+
+
+def test_a_node_without_internet(tmp_path):
+    rgb = ("--data.dataset", "cifar10", "--data.root", "none")
+    found = findings(json.loads(alone(tmp_path, *rgb, "--json", TORCH_HOME=str(tmp_path)).out))["no internet"]
+    assert found["status"] == "gap"
+    assert found["what"] == "not here: images of cifar10; Inception weights, which fdiff evaluate would fetch"
+    fetched = ("--data.dataset", "fashion-mnist", "--data.root", "none", "--data.download", "true", "--json")
+    report = json.loads(alone(tmp_path, *fetched).check().out)  # a training would get them
+    assert findings(report)["no internet"]["what"].endswith("images of fashion-mnist, which fdiff train would fetch")

@@ -22,7 +22,8 @@ from fdiff.checkpoint.file import examine
 from fdiff.comm import SoloCommunicator
 from fdiff.commands import export as export_command
 from fdiff.commands import verify
-from fdiff.commands.main import PrintableFormatter, _outlive_readers, main
+from fdiff.commands.main import main
+from fdiff.commands.streams import PrintableFormatter, take_over
 from fdiff.config import Config, to_dict
 from fdiff.config_file import MAX_BYTES, apply_config_file
 from fdiff.errors import LINE, RunError, UserError, one_line
@@ -112,7 +113,7 @@ def test_what_cannot_be_read_is_one_line_of_every_command(monkeypatch, capsys):
     monkeypatch.setattr(export_command, "open_checkpoint", denied)
     monkeypatch.setattr("fdiff.commands.flags.Path.exists", denied)
     resume = ["train", "--resume", "--run.dir", "run"]
-    for arguments, status in ((["verify", "run"], 1), (["export", "run", "x"], 2), (resume, 2)):
+    for arguments, status in ((["verify", "run"], 1), (["export", "run", "x.safetensors"], 2), (resume, 2)):
         assert main(arguments) == status
         assert capsys.readouterr().err == f"fdiff: error: {one_line(DENIED)}\n"
 
@@ -149,7 +150,7 @@ def test_no_name_acts_on_the_terminal(monkeypatch, capfd):
     terminal = SimpleNamespace(fileno=lambda: 1, encoding="utf-8", errors="strict", line_buffering=True)
     for name in ("stdout", "__stdout__"):
         monkeypatch.setattr(sys, name, terminal)
-    _outlive_readers()
+    take_over()
     print(NAME + "\r\t.")
     assert capfd.readouterr().out == shown + "\n.png\r\t.\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -11,18 +12,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, fdiff, in_turn
+from jobs import ROOT, TINY, fdiff, in_turn
 from PIL import Image
 from progress_bars import recorded
 from ranks import run_ranks
 
 from fdiff.comm import Communicator, SoloCommunicator
-from fdiff.commands import partition, sample
+from fdiff.commands import export, partition, report, sample, sweep
 from fdiff.config import Config, RuntimeConfig
+from fdiff.data import check_target
 from fdiff.data.fashion_mnist import DEBIAN_ROOT
 from fdiff.errors import RunError, UserError
-from fdiff.federation import sampling
-from fdiff.model import diffusion
+from fdiff.federation import open_checkpoint, sampling
+from fdiff.federation.validate import shared_parts
+from fdiff.model import Buckets, build_model, diffusion
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +96,7 @@ def test_samples_that_cannot_be_had_are_one_line_on_two_ranks(run, tmp_path):
         (["full", "--out", tmp_path / "full"], "full exists already; name a new folder"),
         (["full", "--out", tmp_path / "grid.png"], "grid.png exists already"),
         (["full", "--out", tmp_path / "full" / "file" / "grid.png"], "cannot be written"),
+        (["full", "--out", tmp_path / "photo.jpg"], "nothing is written as .jpg; name FILE.png for a grid, FILE.h5"),
     ]
     requests = [["sample", *words, "--runtime.threads", 1] for words, _ in cases]
     for ends, (_, expected) in zip(in_turn(2, requests, run), cases, strict=True):
@@ -178,11 +182,58 @@ def test_partition_as_json_and_as_a_picture(tmp_path):
 
 
 def test_a_picture_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--plot: .*split.png cannot be written .No such file or directory.; give"):
-        partition.run(Config(), plot=tmp_path / "none" / "split.png")
+    monkeypatch.setattr(partition, "counts_of_labels", None)  # each is refused before the work
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--plot: .*split.png cannot be written .*file is no folder to write in.; give"):
+        partition.run(Config(), plot=tmp_path / "file" / "split.png")
+    with pytest.raises(UserError, match="--plot: .*split.doc is not valid; name a file that ends in .png or .pdf or"):
+        partition.run(Config(), plot=tmp_path / "split.doc")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"--plot: matplotlib.figure is not installed; pip install 'fdiff\[report\]'"):
         partition.run(Config(), plot=tmp_path / "split.png")
+
+
+@pytest.mark.parametrize("suffix", partition.PLOTS)
+def test_a_picture_is_what_its_name_says(tmp_path, suffix):
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml", ".eps": b"%!PS", ".jpg": b"\xff\xd8\xff"}
+    starts |= {".jpeg": starts[".jpg"], ".webp": b"RIFF", ".tif": b"II*\0", ".tiff": b"II*\0"}
+    file = tmp_path / "new" / f"split{suffix}"
+    partition.draw([{0: 3, 1: 4}, {1: 5}], file)
+    assert file.read_bytes().startswith(starts[suffix])
+
+
+def test_no_output_is_written_under_the_name_of_another_kind(tmp_path):
+    for call, said in (
+        (lambda: export.run(tmp_path, tmp_path / "weights.pt"), "FILE: .*weights.pt is not valid; .* .safetensors"),
+        (lambda: report.run([tmp_path], out=tmp_path / "page.pdf"), "--out: .*page.pdf is not valid; .* .html or .htm"),
+        (lambda: report.run([tmp_path], out=tmp_path), "--out: .* is not valid; name a file"),
+        (lambda: sweep._check_folder(tmp_path / "all.csv"), "--out: .*all.csv is not valid; name a folder"),
+        (lambda: check_target(tmp_path / "x.jpg"), "--out: .*x.jpg is not valid: nothing is written as .jpg"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match="--out: .*folder.html is a folder"):
+        report.run([tmp_path], out=tmp_path / "folder.html")
+    (tmp_path / "beta-0.5").mkdir()
+    check_target(tmp_path / "beta-0.5")  # an empty folder is one, whatever its name
+    check_target(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("method", "client"), [("full", None), ("udec", 3)])
+def test_what_the_readme_says_to_a_stranger_reads_every_parameter(run, method, client):
+    """With h5py alone, held against what `fdiff export` writes: shared parts, and those of a client."""
+    text = (ROOT / "fdiff" / "checkpoint" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first = code.splitlines()[3]
+    assert first.startswith("folder, client, name = ") and "fdiff" not in code
+    saved = open_checkpoint(run / method)
+    model = build_model(saved.config)
+    saved.fill(Buckets(model, shared_parts(saved.config)), client, False)
+    for name, parameter in model.named_parameters():
+        found = {"folder": str(saved.path), "client": client, "name": name}
+        exec(compile(code.replace(first, ""), "README", "exec"), found)
+        assert np.array_equal(found["weight"], parameter.detach().numpy()), name
 
 
 def test_help(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jobs import TINY, arrays, fdiff, largest_difference, on_ranks, rows
 
+from fdiff.config import Config, FederationConfig
+from fdiff.federation import idle_note
 from fdiff.plan import balanced, hosted_at, idle_share, neighbours
 
 sizes = st.lists(st.integers(1, 1000), min_size=1, max_size=40)
@@ -100,3 +103,42 @@ def test_many_skewed_clients_on_two_ranks_with_every_method(tmp_path: Path, skew
         assert [row["wire_bytes"] for row in log] == [row["wire_bytes"] for row in told["rounds"]]
         assert [row["communicated_parameters"] for row in log] == [row["parameters"] for row in told["rounds"]]
         assert [row["reporters"] for row in log] == [row["reporters"] for row in told["rounds"]]
+
+
+# --- ranks that wait -------------------------------------------------------------------------------------------------
+
+
+def idle(clients: int, ranks: int, fraction: float = 1.0, images: dict[int, int] | None = None) -> str:
+    config = Config(federation=FederationConfig(clients=clients, fraction=fraction, rounds=20))
+    return idle_note(config, neighbours(clients, ranks), images)
+
+
+def test_five_clients_on_four_ranks_leave_three_idle_for_half_of_each_round():
+    assert idle(5, 4) == (
+        "5 clients on 4 ranks: ranks wait for the slowest for 38% of the training time; ranks with nothing to do for "
+        "1/2 of each round: 3; it would take 3 ranks as long, 5 ranks 1/2 of the time"
+    )
+    assert idle(5, 4, images={0: 7, 1: 7, 2: 7, 3: 7, 4: 6}).endswith("5 ranks 1/2 of the time")
+
+
+def test_clients_that_divide_among_the_ranks_leave_none_idle():
+    assert not any(idle(clients, ranks) for clients, ranks in ((1, 1), (4, 4), (8, 4), (100, 10), (3, 1)))
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_the_other_numbers_of_ranks_are_as_told(clients, ranks):
+    """The most clients on a rank, which a round lasts, by the numbers of ranks that the line names."""
+    note = idle(clients, min(clients, ranks))
+    alike, ranks = dict.fromkeys(range(clients), 1), min(clients, ranks)
+    most = -(-clients // ranks)
+    told = [int(n) for n in re.findall(r"(\d+) ranks", note.partition("it would take")[2])]
+    if told:
+        assert -(-clients // told[-1]) == most - 1 and -(-clients // (told[-1] - 1)) == most
+        assert len(told) == 1 or (told[0] < ranks and -(-clients // told[0]) == most)
+    else:
+        assert idle_share([range(clients)], alike, neighbours(clients, ranks)) < 0.005
+
+
+def test_ranks_wait_for_unequal_clients_and_for_those_that_are_not_selected():
+    assert idle(4, 4, fraction=0.5).endswith("ranks wait for the slowest for 50% of the training time")
+    assert idle(2, 2, images={0: 30, 1: 10}).endswith("ranks wait for the slowest for 33% of the training time")

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from fdiff import checkpoint
 from fdiff.commands import report as command
 from fdiff.commands import verify
 from fdiff.config import to_dict
-from fdiff.errors import UserError
+from fdiff.errors import UserError, printable
 from fdiff.federation import find_gaps, log_problem
 from fdiff.federation.validate import check_global
 from fdiff.model import describe_model, layout_of
-from fdiff.report import read_run, render
+from fdiff.report import charts, read_run, render
+from fdiff.report.charts import Curve
 from fdiff.sweeps import results
 from fdiff.sweeps.grid import Score
 
@@ -262,13 +265,44 @@ def test_verify_names_a_bad_row_of_every_log(run, monkeypatch, capsys):
     assert "scores.jsonl: line 1: ema is null, it must be true or false" in damaged[1]
 
 
-def test_text_of_a_stranger_is_text_on_the_page(run):
-    """Tags, quotes and letters that no file can hold, in every text that the page shows."""
-    evil = '"><script>alert(1)</script>\ud800\x1b[31m$\\frac{'
-    write_rows(run / "rounds.jsonl", [round_row(1, loss=1e99, dropped={"0": evil}), round_row(2, loss=-1e99)])
-    write_rows(run / "scores.jsonl", [score_row(2**62, 0, split=evil, scores={"fd_fmnist": 1e99, "n": 1e-99})])
+EVIL = '"><script>alert(1)</script>\'&amp;\ud800\x1b[31m$\\frac{\r\n\u202ecod\u2066\u200b\u2028'
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements and of their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found.update((tag, *(name for name, _ in attributes)))
+
+
+def page_of(run: Path, text: str) -> str:
+    """The page of two runs in which a stranger says this wherever something can be said."""
+    write_rows(run / "rounds.jsonl", [round_row(1, loss=1e99, dropped={"0": text}), round_row(2, loss=-1e99)])
+    write_rows(run / "scores.jsonl", [score_row(2**62, 0, split=text, scores={"fd_fmnist": 1e99, "n": 1e-99})])
     clients = [{"images": 2**62, "labels": {"Ü": 2**62, "1": 0}}]
-    setting = {"torch": evil, "ranks": [{"host": evil, "device": evil}], "clients": clients}
+    setting = {"torch": text, "ranks": [{"host": text, "device": text}], "clients": clients}
     (run / "setting.json").write_text(json.dumps(setting))
-    page = render([read_run(run)])
+    read = read_run(run)
+    config = replace(read.config, data=replace(read.config.data, root=text))
+    folder = Path("/nowhere") / text.replace("/", "-").replace("\ud800", "\udcff")
+    return render([replace(read, config=config, folder=folder), replace(read, folder=Path("/nowhere/other"))])
+
+
+def test_text_of_a_stranger_is_text_on_the_page(run):
+    """Tags, quotes, marks that turn text round and letters that no file can hold, in every text that the page shows."""
+    page = page_of(run, EVIL)
     assert page.count("<script>") == 1 and "alert(1)" in page and page.encode()
+    assert printable(page, keep="\n") == page
+    assert Elements(page).found == Elements(page_of(run, "plain")).found
+
+
+def test_a_drawing_shows_a_strangers_text(run):
+    drawn = charts.heat_map([{EVIL: 3}], EVIL) + charts.bars({EVIL: 1.0}, "N", EVIL, {EVIL: "−1%"})
+    drawn += charts.stacked({EVIL: {EVIL: 1.0}}, "s") + charts.curves({EVIL: Curve([(1, 2)]), "b": Curve([])}, "loss")
+    assert printable(drawn, keep="\n") == drawn and drawn.encode() and "<script" not in drawn
+    assert r"\u202ecod" in drawn

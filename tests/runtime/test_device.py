@@ -118,14 +118,41 @@ def torch_settings() -> Iterator[None]:
 def test_threads(torch_settings: None) -> None:
     cores = len(os.sched_getaffinity(0))
     one, two = Launch("none"), Launch("torchrun", 0, 2, 0, 2)
-    assert default_threads(RUNTIME, one) == cores
-    assert default_threads(RUNTIME, two) == max(1, cores // 2)
-    assert default_threads(RuntimeConfig(reduction="ordered"), one) == 1
+    assert default_threads(RUNTIME, one, {}) == cores
+    assert default_threads(RUNTIME, two, {}) == max(1, cores // 2)
+    assert default_threads(RuntimeConfig(reduction="ordered"), one, {}) == 1
     torch.set_num_threads(1)  # as torchrun has it, by OMP_NUM_THREADS
     set_up(RuntimeConfig(device="cpu", threads=3), two)
     assert torch.get_num_threads() == 3
     set_up(RuntimeConfig(device="cpu", reduction="ordered"), one)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "threads"),
+    [
+        (Launch("none"), {"OMP_NUM_THREADS": "3"}, 3),
+        (Launch("none"), {"OMP_NUM_THREADS": "1"}, 1),
+        (Launch("none"), {"OMP_NUM_THREADS": " 2,1 "}, 2),
+        (Launch("none"), {"OMP_NUM_THREADS": ""}, None),
+        (Launch("openmpi", 0, 2, 0, 2), {"OMP_NUM_THREADS": "1"}, 1),
+        (Launch("torchrun", 0, 2, 0, 2), {"OMP_NUM_THREADS": "1"}, 1),  # RANK and WORLD_SIZE set by hand
+        (Launch("torchrun", 0, 2, 0, 2), {"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "none"}, 2),
+        (Launch("torchrun", 0, 2, 0, 2), {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, None),
+        (Launch("torchrun", 0, 2, 0, 1), {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 1),
+    ],
+)
+def test_threads_of_the_environment(launch: Launch, environment: dict[str, str], threads: int | None) -> None:
+    """None: the share of the cores, as where it is not set."""
+    found = default_threads(RUNTIME, launch, environment)
+    assert found == (default_threads(RUNTIME, launch, {}) if threads is None else threads)
+    assert default_threads(RuntimeConfig(reduction="ordered"), launch, environment) == 1
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many", "1.5", "²", "99999999"])
+def test_no_number_of_threads(text: str) -> None:
+    with pytest.raises(UserError, match="OMP_NUM_THREADS: .* is not valid"):
+        default_threads(RUNTIME, Launch("none"), {"OMP_NUM_THREADS": text})
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "float64"])
