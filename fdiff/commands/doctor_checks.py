@@ -49,6 +49,7 @@ def check_node(config: Config, launch: Launch) -> list[Finding]:
         _slurm(),
         _package("submitit", "fdiff submit", "slurm"),
         _package("matplotlib", "fdiff report and partition --plot", "report"),
+        _package("diffusers", "model.kind unet2d", "diffusers", FAULT if config.model.kind == "unet2d" else GAP),
         *_data(config),
         _inception(),
         _run_folder(config.run_dir),
@@ -115,9 +116,9 @@ def _printed(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _package(name: str, purpose: str, extra: str) -> Finding:
+def _package(name: str, purpose: str, extra: str, if_missing: str = GAP) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, GAP, f"not installed; only {purpose} needs it", f"pip install 'fdiff[{extra}]'")
+        return Finding(name, if_missing, f"not installed; only {purpose} needs it", f"pip install 'fdiff[{extra}]'")
     return Finding(name, OK, "installed")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fdiff.federation.assemble import check_ranks
 from fdiff.federation.client import Client, Report, Trainer
-from fdiff.federation.export import check_choice, load_model, save_model
+from fdiff.federation.export import check_choice, load_model, model_of, save_model
+from fdiff.federation.export_diffusers import save_pipeline
 from fdiff.federation.federator import Federator
 from fdiff.federation.forecast import (
     bytes_by_purpose,

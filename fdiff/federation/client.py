@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,17 @@ from fdiff import seeds
 from fdiff.config import Config
 from fdiff.data import Shard, normalise
 from fdiff.errors import RunError, UserError
-from fdiff.model import Buckets, UNet, build_model, capture, check_forward, diffusion, layout_of, part_sizes
+from fdiff.model import (
+    Buckets,
+    UNet,
+    build_model,
+    capture,
+    check_forward,
+    diffusion,
+    frozen_parts,
+    layout_of,
+    part_sizes,
+)
 from fdiff.plan import is_first, private_parts, shared_parts
 
 DRAWINGS_KEPT = 2  # of whole batches, and of a last, short one
@@ -59,14 +69,18 @@ class Trainer:
     FedProx, the shared parts with which the round began.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Parameters are those of the seed, or with `weights` these, by their names."""
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
         parts, execution = tuple(part_sizes(layout_of(self.model))), config.runtime.execution
-        self.shared_parts = shared_parts(config.method, parts)
-        self.private_parts = private_parts(config.method, parts)
+        self.shared_parts = shared_parts(config.method, parts, frozen_parts(config))
+        self.private_parts = private_parts(config.method, parts, frozen_parts(config))
         self.buckets = Buckets(self.model, self.shared_parts).to(device, self.dtype)
+        if weights is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.data.copy_(weights[name])
         self._lay_out(config.runtime.layout)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}
