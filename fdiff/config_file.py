@@ -7,6 +7,7 @@ for ninety.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from fdiff.config import PATHS, Config, from_dict, to_dict
-from fdiff.errors import UserError
+from fdiff import config_unet2d
+from fdiff.config import PATHS, Config, from_dict, nearest, to_dict
+from fdiff.errors import UserError, first_line
 from fdiff.runtime import expand_path
 
 MAX_BYTES = 64 * 1024  # the output of --print-config takes 2
@@ -80,13 +82,67 @@ def apply_config_file(base: Config, file: Path, flag: str = "--config") -> Confi
 
 
 def lay_over(values: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Put fields, nested as in a file, over the values, in place; paths as a shell would expand them. UserError."""
+    """Put fields, nested as in a file, over the values, in place; paths as a shell would expand them. UserError.
+
+    What stands in the file `model.config` becomes `model.options`.
+    """
     for name, value in fields.items():
         both = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if both else value
     for group, _, name in (path.partition(".") for path in PATHS):
         if group in fields and isinstance(given := values[group], dict) and isinstance(given.get(name), str):
             given[name] = expand_path(f"{group}.{name}", given[name])
+    model = fields.get("model")
+    if isinstance(model, dict) and model.get("config") is not None:
+        more = model.get("options", {})
+        values["model"]["options"] = more if not isinstance(more, dict) else {**_of_config(values["model"]), **more}
+    if isinstance(model, dict):
+        values["model"].pop("config", None)
+
+
+def _of_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the file `model.config`. UserError names it."""
+    file = model["config"]
+    if not isinstance(file, str):
+        raise UserError(f"model.config: {file!r} is not valid; it must be a path")
+    return options_in(Path(expand_path("model.config", file)), str(model.get("kind")))
+
+
+def options_in(file: Path, kind: str) -> dict[str, Any]:
+    """What `model.options` become by --model.config FILE, diffusers' config.json, for a model of this kind. UserError.
+
+    They are all that such a file may say, so that what it leaves out is what diffusers makes of it.
+    """
+    if kind != "unet2d":
+        raise UserError(f"model.config: {file} is not valid with model.kind {kind}; it is for --model.kind unet2d")
+    try:
+        return read_unet2d(file)
+    except UserError as error:
+        raise UserError(f"model.config: {error}") from None
+
+
+def read_unet2d(file: Path) -> dict[str, Any]:
+    """The settings of a UNet2DModel in a config.json of diffusers, complete but for what data decide. UserError."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); give diffusers' config.json") from None
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        given = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON ({first_line(error)}); give diffusers' config.json") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{file} has no settings; give diffusers' config.json")
+    if (kind := given.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+        raise UserError(f"{file} is of a {kind}; give the config.json of a UNet2DModel")
+    options = {name: value for name, value in given.items() if not name.startswith("_")}
+    if unknown := [name for name in options if name not in config_unet2d.OPTIONS]:
+        near = nearest(unknown[0], config_unet2d.OPTIONS)
+        raise UserError(f"{file} has {unknown[0]!r}, which is no setting of UNet2DModel{near and '; '}{near}")
+    return {**config_unet2d.DEFAULTS, **options}
 
 
 def read_fields(file: Path, flag: str) -> dict[str, Any]:

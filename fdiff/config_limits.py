@@ -60,6 +60,8 @@ LIMITS: dict[str, tuple[Any, str]] = {
         lambda v: all(map(is_option, v.items())),
         "a table of numbers, words, true, false, null or lists of them, under names like hidden_width",
     ),
+    "model.init": (lambda v: v != "", "a file or a folder, or null"),
+    "model.init_client": (lambda v: v is None or 0 <= v < 100_000, "a client's number, or null"),
     "model.dim": (lambda v: 4 <= v <= 4096 and v % 2 == 0, "an even number between 4 and 4096"),
     "model.dim_mults": (lambda v: 1 <= len(v) <= 8 and all(1 <= m <= 64 for m in v), "1 to 8 numbers from 1 to 64"),
     "model.heads": _between(1, 64),

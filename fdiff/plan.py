@@ -90,11 +90,11 @@ METHODS: dict[str, Table] = {
 }
 
 
-def table_of(method: str, parts: Sequence[str] = PARTS) -> dict[str, Who]:
+def table_of(method: str, parts: Sequence[str] = PARTS, frozen: Sequence[str] = ()) -> dict[str, Who]:
     """The method's table, in the order of the model's parts: its keys are the shared parts, all others are private.
 
-    `method` is one of METHODS, registered, MODULE:NAME, or parts joined by +. UserError if it is none of them, or
-    shares what the model has not.
+    `method` is one of METHODS, registered, MODULE:NAME, or parts joined by +. `parts` are those that are trained; what
+    is `frozen` is left out. UserError if it is no method, or shares what the model has not, or nothing that is trained.
     """
     if method in METHODS:
         table: Table = METHODS[method]
@@ -108,22 +108,27 @@ def table_of(method: str, parts: Sequence[str] = PARTS) -> dict[str, Who]:
         raise UserError(f"method: {method} has {ALL!r}, which is all parts, beside others; name each part, or none")
     if ALL in table:
         return dict.fromkeys(parts, table[ALL])
-    if unknown := [str(part) for part in table if part not in parts]:
+    if unknown := [str(part) for part in table if part not in (*parts, *frozen)]:
         raise UserError(
             f"method: {method} shares a part {unknown[0]!r}, which this model does not have; its parts are "
-            f"{', '.join(parts)}: use full, or some of them joined by +"
+            f"{', '.join((*parts, *frozen))}: use full, or some of them joined by +"
+        )
+    if set(table) <= set(frozen):
+        raise UserError(
+            f"method: {method} shares only {', '.join(table)}, of which model.train has nothing trained; use full, or "
+            f"share some of {', '.join(parts)}"
         )
     return {part: table[part] for part in parts if part in table}
 
 
-def shared_parts(method: str, parts: Sequence[str] = PARTS) -> tuple[str, ...]:
-    """The parts that the method shares, in order; `parts` are the model's, and errors as `table_of`."""
-    return tuple(table_of(method, parts))
+def shared_parts(method: str, parts: Sequence[str] = PARTS, frozen: Sequence[str] = ()) -> tuple[str, ...]:
+    """The parts that the method shares, in order; arguments and errors as those of `table_of`."""
+    return tuple(table_of(method, parts, frozen))
 
 
-def private_parts(method: str, parts: Sequence[str] = PARTS) -> tuple[str, ...]:
-    """The parts that never leave a client, in order."""
-    shared = shared_parts(method, parts)
+def private_parts(method: str, parts: Sequence[str] = PARTS, frozen: Sequence[str] = ()) -> tuple[str, ...]:
+    """The trained parts that never leave a client, in order."""
+    shared = shared_parts(method, parts, frozen)
     return tuple(part for part in parts if part not in shared)
 
 
@@ -173,14 +178,16 @@ def plan_round(
     fraction: float = 1.0,
     parts: Sequence[str] = PARTS,
     images: Mapping[int, int] | None = None,
+    frozen: Sequence[str] = (),
 ) -> RoundPlan:
     """The plan of a round (from 1) for K clients; `images` has the training images of each client, where known.
 
-    UserError if the method names a client that is not selected, or lets nobody report a part that it shares.
+    `parts` and `frozen` are as in `table_of`. UserError if the method names a client that is not selected, or lets
+    nobody report a part that it shares.
     """
     selected, stream = _select(clients, round, seed, fraction)
     selection = Selection(round, selected, tuple(parts), None if images is None else MappingProxyType(images), stream)
-    table = table_of(method, parts)
+    table = table_of(method, parts, frozen)
     return RoundPlan(round, selected, {part: _ask(method, part, who, selection) for part, who in table.items()})
 
 

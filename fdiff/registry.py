@@ -21,7 +21,7 @@ from fdiff.errors import UserError, first_line
 FIELDS = {"method": "fdiff.methods", "model.kind": "fdiff.models", "data.dataset": "fdiff.datasets"}
 BUILT_IN = {
     "method": ("full", "usplit", "ulatdec", "udec"),
-    "model.kind": ("unet",),
+    "model.kind": ("unet", "unet2d"),
     "data.dataset": ("embedded", "fashion-mnist", "celeba", "cifar10", "folder", "npz", "parquet", "silos"),
 }
 PARTS = ("encoder", "bottleneck", "decoder")  # of fdiff's own models, in order: methods that share them alone

@@ -20,7 +20,7 @@ FLOORS = [
     {"comm", "checkpoint", "data", "plan", "config_file"},
     {"runtime", "model", "presets"},
     {"config"},
-    {"config_limits"},
+    {"config_limits", "config_unet2d"},
     {"config_checks"},
     {"registry"},
     {"errors", "seeds"},

@@ -52,6 +52,7 @@ def check_node(config: Config, launch: Launch, resume: bool) -> list[Finding]:
         _package("submitit", "fdiff submit", "slurm"),
         _package("matplotlib", "fdiff report and partition --plot", "report"),
         _package("pyarrow", "data.dataset parquet", "parquet"),
+        _package("diffusers", "model.kind unet2d", "diffusers", FAULT if config.model.kind == "unet2d" else GAP),
         *data,
         inception,
         _offline(config, data, inception),
@@ -119,9 +120,9 @@ def _printed(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _package(name: str, purpose: str, extra: str) -> Finding:
+def _package(name: str, purpose: str, extra: str, if_missing: str = GAP) -> Finding:
     if importlib.util.find_spec(name) is None:
-        return Finding(name, GAP, f"not installed; only {purpose} needs it", f"pip install 'fdiff[{extra}]'")
+        return Finding(name, if_missing, f"not installed; only {purpose} needs it", f"pip install 'fdiff[{extra}]'")
     return Finding(name, OK, "installed")
 
 

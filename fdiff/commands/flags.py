@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fdiff import registry
 from fdiff.config import GROUPS, PATHS, Config, RuntimeConfig, flat, from_dict, nearest, to_dict
-from fdiff.config_file import apply_config_file, as_yaml, scalar
+from fdiff.config_file import apply_config_file, as_yaml, options_in, scalar
 from fdiff.errors import UserError
 from fdiff.presets import PRESETS, preset
 from fdiff.runtime import expand_path, launcher
@@ -32,7 +32,7 @@ COMMANDS = {
     "partition": "how the images are split among the clients",
     "sample": "draw images from a checkpoint",
     "evaluate": "score the images of a checkpoint",
-    "export": "a checkpoint's weights as safetensors, for others",
+    "export": "a checkpoint's weights as safetensors, or for diffusers",
     "report": "one HTML file of one or several runs",
     "sweep": "a grid of runs, and the table of their scores and costs",
     "verify": "whether a checkpoint, or every one of a run, is sound",
@@ -52,6 +52,7 @@ METHOD_HELP = (
     "(encoder+decoder), or your own as MODULE:NAME"
 )
 CODE_HELP = "your own code, MODULE:NAME, that the run was made with: it is loaded only where it is named again"
+CONFIG_HELP = "diffusers' config.json, for unet2d: it becomes model.options, and dim and dim_mults mean nothing then"
 CODE_FLAGS = {field.partition(".")[0] for field in registry.FIELDS}  # as the parser has them
 OPTION = "--model.options."
 
@@ -101,10 +102,11 @@ def parse(arguments: list[str]) -> Request:
         return Request(name, run, _instantiate(run, {k: v for k, v in values.items() if k not in CODE_FLAGS}))
     options, flags = _options(flags)
     base, print_config, flags = _base(flags)
-    options = {**base.model.options, **options}
     parser.set_defaults(flat(to_dict(replace(base, model=replace(base.model, options={})))))
     values = _parse_flags(parser, flags)
-    values["model"] |= {"options": options}
+    file = values["model"].pop("config")
+    under = base.model.options if file is None else options_in(file, values["model"]["kind"])
+    values["model"] |= {"options": {**under, **options}}
     config = from_dict({group: values.pop(group) for group in ("method", *GROUPS)})
     if print_config:
         print(as_yaml(config), end="")
@@ -153,6 +155,7 @@ def _parser(name: str, run: Callable[..., None]) -> ArgumentParser:
         parser.add_argument("--method", type=str, help=METHOD_HELP)
         for group, fields in GROUPS.items():
             parser.add_class_arguments(fields, group)
+        parser.add_argument("--model.config", metavar="FILE", type=Path, help=CONFIG_HELP)
     elif name in OPENS_RUNS:
         for field in registry.FIELDS:
             parser.add_argument(f"--{field}", type=str, metavar="MODULE:NAME", help=CODE_HELP)

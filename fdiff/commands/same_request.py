@@ -10,9 +10,10 @@ import torch
 from fdiff import __version__
 from fdiff.comm import Communicator, exchange_json
 from fdiff.commands.flags import Request
-from fdiff.config import KINDS, PARTS, flat, to_dict
+from fdiff.config import KINDS, flat, to_dict
 from fdiff.errors import UserError
 from fdiff.federation import checksum_of, find_differences, plan_of
+from fdiff.model import parts_of
 
 log = logging.getLogger(__name__)
 
@@ -41,5 +42,5 @@ def facts_of(request: Request) -> dict[str, str]:
     facts |= {f"--{name}": str(value) for name, value in flags.items()}
     if config and config.model.kind in KINDS:
         with suppress(UserError):  # it may need the images; what is wrong with it is said when the training starts
-            facts["the plan's checksum"] = checksum_of(plan_of(config, 1, PARTS))
+            facts["the plan's checksum"] = checksum_of(plan_of(config, 1, parts_of(config)))
     return facts

@@ -22,7 +22,7 @@ from fdiff import checkpoint
 from fdiff.checkpoint import VISIBLE_S, Committer
 from fdiff.comm import Communicator, agree, exchange_json
 from fdiff.compression import Exchange, Payload, payload_for
-from fdiff.config import Config
+from fdiff.config import KINDS, Config
 from fdiff.data import PATIENCE_S, Shard, check_labels, split_source
 from fdiff.data.partition import label_counts
 from fdiff.errors import UserError
@@ -32,10 +32,12 @@ from fdiff.federation.client import Client, Trainer
 from fdiff.federation.compressed import FACTORS, SENT_EMA, CompressedAggregation, compresses
 from fdiff.federation.forecast import itemsize, placement_for, plan_of
 from fdiff.federation.host import Host
+from fdiff.federation.initial import Weights, read_initial
 from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.training_images import OpenedData, open_data
-from fdiff.federation.validate import has_client_files
-from fdiff.federation.voting import together
+from fdiff.federation.validate import has_client_files, shared_parts
+from fdiff.federation.voting import on_rank_0, together
+from fdiff.model import check_model
 from fdiff.plan import Placement, RoundPlan, hosted_at
 from fdiff.runtime import free_memory, launcher
 
@@ -130,19 +132,25 @@ class RankSetup:
 
 
 def set_up_rank(
-    config: Config, comm: Communicator, device: torch.device, place: Callable[..., Placement] = placement_for
+    config: Config,
+    comm: Communicator,
+    device: torch.device,
+    place: Callable[..., Placement] = placement_for,
+    resume: bool = False,
 ) -> RankSetup:
     """The clients that this rank hosts as `place` has it, ready to train, and the shape of their images in `config`.
 
-    UserError if there are fewer clients than ranks.
+    With `resume` the weights of `model.init` are left where they are if there is a checkpoint to go on from. UserError
+    if there are fewer clients than ranks.
     """
     opened, split, placement = find_clients(config, comm, device, place)
     config, hosted = opened.config, hosted_at(placement, comm.rank)
+    weights = _initial(config, comm, resume)
     shards, labels = open_shards(opened, comm, split, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
     own = [Client(client, shard) for client, shard in zip(hosted, shards, strict=True)]
-    host = together(comm, lambda: Host(Trainer(config, device), own))
+    host = together(comm, lambda: Host(Trainer(config, device, weights), own))
     return RankSetup(config, comm, host, images, placement, opened, _committer(config, comm), setting)
 
 
@@ -153,7 +161,7 @@ def find_clients(
 
     UserError for all that shows by then: too many ranks, images that are unfit or too few, too little memory.
     """
-    together(comm, lambda: check_ranks(config, comm.size))
+    together(comm, lambda: check_request(config, comm.size))
     opened = open_data(config, comm)
     config = opened.config
     split = together(comm, lambda: _split(opened))
@@ -180,6 +188,23 @@ def _setting(
         "ranks": [{fact: rank[fact] for fact in here} for rank in everyone],
         "clients": clients,
     }
+
+
+def _initial(config: Config, comm: Communicator, resume: bool) -> Weights | None:
+    """The weights of `model.init`, on every rank; None where they are those of the seed, or a checkpoint has them."""
+    if config.model.init is None:
+        return None
+    if resume and on_rank_0(comm, lambda: bool(checkpoint.generations(config.run_dir))):
+        return None
+    return together(comm, lambda: read_initial(config))
+
+
+def check_request(config: Config, ranks: int) -> None:
+    """UserError for what is wrong whatever the images are: too many ranks, a model or a method that cannot be."""
+    check_ranks(config, ranks)
+    check_model(config)
+    if config.model.kind in KINDS:
+        shared_parts(config)
 
 
 def check_ranks(config: Config, ranks: int) -> None:

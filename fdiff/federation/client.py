@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from fdiff.model import (
     check_forward,
     diffusion,
     drop_labels,
+    frozen_parts,
     layout_of,
     no_class,
     part_sizes,
@@ -71,14 +72,18 @@ class Trainer:
     behind the private ones. `anchor` (n,) are, with FedProx, the shared parts with which the round began.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Parameters are those of the seed, or with `weights` these, by their names."""
         self.config, self.device = config, device
         self.dtype = torch.float64 if config.runtime.precision == "float64" else torch.float32
         self.model = build_model(config)
         parts, execution = tuple(part_sizes(layout_of(self.model))), config.runtime.execution
-        self.shared_parts = shared_parts(config.method, parts)
-        self.private_parts = private_parts(config.method, parts)
+        self.shared_parts = shared_parts(config.method, parts, frozen_parts(config))
+        self.private_parts = private_parts(config.method, parts, frozen_parts(config))
         self.buckets = Buckets(self.model, self.shared_parts).to(device, self.dtype)
+        if weights is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.data.copy_(weights[name])
         self._lay_out(config.runtime.layout)
         self.schedule = diffusion.make_schedule(config.diffusion, self.dtype, device)
         self.working: dict[str, Tensor] = {}

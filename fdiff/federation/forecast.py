@@ -20,7 +20,7 @@ from fdiff.config import CompressionConfig, Config
 from fdiff.errors import UserError
 from fdiff.federation.compressed import compresses, kept_by_federation
 from fdiff.federation.sample_batches import grid_batches
-from fdiff.model import describe_model, layout_of, sizes_of
+from fdiff.model import describe_model, frozen_parts, layout_of, sizes_of
 from fdiff.plan import (
     Placement,
     RoundPlan,
@@ -51,7 +51,8 @@ def itemsize(config: Config) -> int:
 def plan_of(config: Config, round: int, parts: Sequence[str], images: Images = None) -> RoundPlan:
     """The plan of a round, of a model with these parts; NeedsImages where a method asks for `images` that are None."""
     fed = config.federation
-    return plan_round(config.method, fed.clients, round, config.run.seed, fed.fraction, tuple(parts), images)
+    seed, frozen = config.run.seed, frozen_parts(config)
+    return plan_round(config.method, fed.clients, round, seed, fed.fraction, tuple(parts), images, frozen)
 
 
 def plans(config: Config, parts: Sequence[str], images: Images = None) -> list[RoundPlan]:
@@ -77,7 +78,8 @@ def forecast_run(
     """
     payload = payload_of(config)
     sizes = payload.sizes
-    kept_by_federation(config, payload.layout, shared_parts(config.method, tuple(sizes)))  # or there is nothing to do
+    shared = shared_parts(config.method, tuple(sizes), frozen_parts(config))
+    kept_by_federation(config, payload.layout, shared)  # or there is nothing to do
     planned = plans(config, tuple(sizes), images)
     placement = placement_for(config, ranks, images)
     by_purpose = [bytes_by_purpose(plan, config, payload, placement) for plan in planned]
@@ -250,8 +252,8 @@ def _parameters_of_full(config: Config, sizes: Mapping[str, int]) -> int:
 
 def methods_table(config: Config, ranks: int, images: Images = None) -> str:
     """A line for each method: what it shares, N, saving against FULL, bytes on the wire on so many ranks."""
-    parts = tuple(sizes_of(config))
-    shared = {method: ", ".join(shared_parts(method, parts)) for method in dict.fromkeys(
+    parts, frozen = tuple(sizes_of(config)), frozen_parts(config)
+    shared = {method: ", ".join(shared_parts(method, parts, frozen)) for method in dict.fromkeys(
         [*methods_for(parts), config.method]
     )}
     name, what = max(map(len, ("ulatdec", *shared))) + 1, max(28, *map(len, shared.values()))

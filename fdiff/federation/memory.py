@@ -14,7 +14,7 @@ from torch import Tensor
 from fdiff.config import KINDS, Config
 from fdiff.federation.compressed import kept_by_federation
 from fdiff.federation.forecast import itemsize
-from fdiff.model import describe_model, diffusion, layout_of, part_sizes, unconditional
+from fdiff.model import describe_model, diffusion, frozen_parts, layout_of, part_sizes, unconditional
 from fdiff.plan import hosted_by, shared_parts
 
 GIB = 2.0**30
@@ -54,14 +54,15 @@ def memory_of_rank(config: Config, rank: int, ranks: int, hosted: int | None = N
     model, size = describe_model(config), itemsize(config)
     sizes = part_sizes(layout_of(model))
     frozen = sum(slot.numel for slot in layout_of(model, frozen=True))
-    total, shared = sum(sizes.values()), sum(sizes[part] for part in shared_parts(config.method, tuple(sizes)))
+    names = shared_parts(config.method, tuple(sizes), frozen_parts(config))
+    total, shared = sum(sizes.values()), sum(sizes[part] for part in names)
     ema, kept = bool(config.optim.ema), config.federation.keep_optimizer
     hosted = len(hosted_by(rank, config.federation.clients, ranks)) if hosted is None else hosted
     compressed, feeds_back = config.compression.kind != "none", config.compression.feeds_back
     # Of a client: private parts, moving average, moments, what compression has left out.
     state = total - shared + (ema + 2 * kept) * total + feeds_back * shared
     held = 2 * hosted - 1  # as it is, and as it is being written; but the last one to train is still in the trainer
-    common = sum(kept_by_federation(config, layout_of(model), shared_parts(config.method, tuple(sizes))).values())
+    common = sum(kept_by_federation(config, layout_of(model), names).values())
     drops = config.federation.on_client_failure == "drop"
     # Compressed: where the round began, an update, what is decoded, and words or chosen values.
     serves, pulls = config.federation.server != "average", config.federation.proximal_mu > 0

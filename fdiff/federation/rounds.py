@@ -181,7 +181,7 @@ class Federation:
         job = launcher.job_name(self.comm.outlives) if restarted else None
         resume = resume or any(exchange_json(self.comm, self.federator.made_by(job)))
         together(self.comm, lambda: self.federator.open(resume))
-        self.rank = set_up_rank(self.config, self.comm, self.device, self.place)
+        self.rank = set_up_rank(self.config, self.comm, self.device, self.place, resume)
         self.config = self.federator.config = self.rank.config
         self.commits = Commits(self.rank, self.federator, self.votes)
         self._last, logs = resume_from(self.rank) if resume else (0, None)

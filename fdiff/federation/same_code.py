@@ -31,14 +31,16 @@ def check_same_code(rank: RankSetup, last: int) -> None:
     buckets, to_come = rank.host.trainer.buckets, range(last + 1, min(last + ROUNDS, rank.config.federation.rounds) + 1)
     own = rank.config.model.kind not in KINDS  # fdiff's own constants may differ in last bits on unlike processors
     constants = [checkpoint.checksum(tensor.cpu().numpy()) for tensor in buckets.model.buffers()] if own else []
+    layouts = buckets.layout, buckets.frozen_layout
+    given = rank.config.model.init is not None and not last  # read from files, so equal to the bit
     facts = {
         "the plan's checksum": checksum_of(together(rank.comm, lambda: [rank.plan(n) for n in to_come])),
-        "the model's parameters": checksum_of([checkpoint.layout_table(buckets.layout), buckets.order]),
+        "the model's parameters": checksum_of([*map(checkpoint.layout_table, layouts), buckets.order]),
         "the model's buffers": checksum_of(constants),
-        "the frozen parameters": checkpoint.checksum(buckets.frozen.cpu().numpy())[:12],
+        "the weights of model.init": _checksum(buckets.flat) if given else "",
+        "the frozen parameters": _checksum(buckets.frozen) if own or given else "",
     }
-    at = torch.linspace(0, len(buckets.flat) - 1, SAMPLE, dtype=torch.float64).long()
-    initial = [] if last else buckets.flat[at.to(buckets.flat.device)].cpu().tolist()
+    initial = [] if last else [*_sample(buckets.flat), *_sample(buckets.frozen)]
     everyone = exchange_json(rank.comm, [facts, initial])
     if differences := find_differences([told for told, _ in everyone]):
         raise _agreed(f"{'; '.join(differences)}; give all ranks the same files and the same fdiff")
@@ -47,6 +49,16 @@ def check_same_code(rank: RankSetup, last: int) -> None:
             raise _agreed(
                 f"model.kind: rank {number} has other initial weights than rank 0; draw them from torch's own generator"
             )
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return checkpoint.checksum(tensor.cpu().numpy())[:12]
+
+
+def _sample(tensor: torch.Tensor) -> list[float]:
+    """Some of the values (n,) of a tensor, none of an empty one."""
+    at = torch.linspace(0, len(tensor) - 1, SAMPLE, dtype=torch.float64).long()
+    return tensor[at.to(tensor.device)].cpu().tolist() if len(tensor) else []
 
 
 def _agreed(text: str) -> UserError:

@@ -74,7 +74,17 @@ class Saved:
 
 
 def open_checkpoint(path: Path) -> Saved:
-    """A checkpoint's folder, or a run's, of which the newest sound checkpoint is meant. Damaged if there is none."""
+    """A checkpoint's folder, or a run's, of which the newest sound checkpoint is meant. Damaged if there is none.
+
+    UserError if the command line names other code than it was made with.
+    """
+    saved = read_checkpoint(*find_checkpoint(path))
+    _check_named(saved.path, saved.config)
+    return saved
+
+
+def find_checkpoint(path: Path) -> tuple[Path, checkpoint.Hold | None]:
+    """The folder of the checkpoint that `open_checkpoint` means, and what keeps it there. Damaged if there is none."""
     if not (path / "global.h5").exists() and checkpoint.root(path).is_dir():
         hold = None
         while (newest := newest_sound(path)) and (hold := checkpoint.hold(newest.path)) is None:
@@ -84,10 +94,13 @@ def open_checkpoint(path: Path) -> Saved:
         hold = checkpoint.hold(path)
     if not path.is_dir():
         raise Damaged(f"{path}: is not a folder; give a run or a checkpoint, e.g. RUN/checkpoints/round-000015")
+    return path, hold
+
+
+def read_checkpoint(path: Path, hold: checkpoint.Hold | None = None) -> Saved:
+    """The checkpoint in this folder. Damaged if it is not sound."""
     arrays, saved, _ = checkpoint.read_generation(path)
-    config = check_global(path, saved, described(arrays))
-    _check_named(path, config)
-    return Saved(path, config, saved["round"], arrays, hold)
+    return Saved(path, check_global(path, saved, described(arrays)), saved["round"], arrays, hold)
 
 
 def _check_named(path: Path, config: Config) -> None:

@@ -17,7 +17,7 @@ from fdiff.errors import UserError
 from fdiff.federation.compressed import kept_by_federation
 from fdiff.federation.local_optimizer import STEPS
 from fdiff.federation.run_files import KINDS
-from fdiff.model import describe_model, layout_of, part_sizes, parts_of, sizes_of
+from fdiff.model import describe_model, frozen_parts, layout_of, part_sizes, parts_of, sizes_of
 
 Datasets = Mapping[str, tuple[tuple[int, ...], str]]  # name: shape, dtype
 
@@ -30,12 +30,12 @@ def has_client_files(config: Config) -> bool:
 
 def private_parts(config: Config) -> tuple[str, ...]:
     """The parts that never leave a client."""
-    return plan.private_parts(config.method, parts_of(config))
+    return plan.private_parts(config.method, parts_of(config), frozen_parts(config))
 
 
 def shared_parts(config: Config) -> tuple[str, ...]:
     """The parts that all clients have alike."""
-    return plan.shared_parts(config.method, parts_of(config))
+    return plan.shared_parts(config.method, parts_of(config), frozen_parts(config))
 
 
 def find_problems(path: Path, found: Mapping[str, Examined] | None = None) -> list[str]:
@@ -87,12 +87,13 @@ def check_global(path: Path, header: Mapping[str, Any], datasets: Datasets) -> C
     if header["layout"] != checkpoint.layout_table(layout):
         raise Damaged(f"{file}: its parameters are laid out otherwise than here; use the fdiff that made it")
     sizes = part_sizes(layout)
+    shared = plan.shared_parts(config.method, tuple(sizes), frozen_parts(config))
     for kind in ("parts", *(["ema"] if any(name.startswith("ema/") for name in datasets) else [])):
-        for part in plan.shared_parts(config.method, tuple(sizes)):
+        for part in shared:
             _check_shape(file, f"{kind}/{part}", (sizes[part],), config, datasets)
     if header.get("frozen", []) != checkpoint.layout_table(frozen):
         raise Damaged(f"{file}: its frozen parameters are laid out otherwise than here; use the fdiff that made it")
-    for name, elements in kept_by_federation(config, layout, plan.shared_parts(config.method, tuple(sizes))).items():
+    for name, elements in kept_by_federation(config, layout, shared).items():
         _check_shape(file, f"state/{name}", (elements,), config, datasets)
     if frozen:
         _check_shape(file, "frozen", (sum(slot.numel for slot in frozen),), config, datasets)
@@ -114,7 +115,8 @@ def _check_logs(file: Path, header: Mapping[str, Any]) -> None:
 def check_client(file: Path, config: Config, datasets: Datasets) -> None:
     """Damaged if a client's file lacks what this configuration has it keep."""
     sizes = sizes_of(config)
-    for part in plan.private_parts(config.method, tuple(sizes)):
+    shares = plan.shared_parts(config.method, tuple(sizes), frozen_parts(config))
+    for part in (part for part in sizes if part not in shares):
         _check_shape(file, f"private/{part}", (sizes[part],), config, datasets)
     moments = ("exp_avg", "exp_avg_sq") if config.federation.keep_optimizer else ()
     for name in (*(("ema",) if config.optim.ema else ()), *moments):
@@ -123,7 +125,7 @@ def check_client(file: Path, config: Config, datasets: Datasets) -> None:
         raise Damaged(f"{file}: has no number of steps; use another checkpoint")
     if config.optim.counts_steps and datasets.get(STEPS) != ((), "int64"):
         raise Damaged(f"{file}: has no number of steps taken; use another checkpoint")
-    shared = sum(sizes[part] for part in plan.shared_parts(config.method, tuple(sizes)))
+    shared = sum(sizes[part] for part in shares)
     if config.compression.feeds_back:
         _check_shape(file, "left-out", (shared,), config, datasets)
     if "local" in datasets:

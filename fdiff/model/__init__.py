@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from fdiff.config import PARTS
 from fdiff.model.buckets import Buckets, Slot, arena_order, layout_of, part_sizes
-from fdiff.model.building import build_model, check_forward, describe_model, parts_of, sizes_of
+from fdiff.model.building import (
+    build_model,
+    check_forward,
+    check_model,
+    describe_model,
+    frozen_parts,
+    parts_of,
+    sizes_of,
+)
 from fdiff.model.diffusion import alphas_cumprod
-from fdiff.model.labels import drop_labels, label_rows, no_class, unconditional
+from fdiff.model.labels import drop_labels, no_class, unconditional
 from fdiff.model.unet import Encoder, LinearAttention, UNet

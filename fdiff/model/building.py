@@ -1,17 +1,20 @@
-"""From the configuration to a model: the paper's UNet, or one of the user's own."""
+"""From the configuration to a model: the paper's UNet, diffusers', or one of the user's own."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 
-from fdiff import registry, seeds
+from fdiff import config_unet2d, registry, seeds
 from fdiff.config import PARTS, Config, ModelConfig
 from fdiff.errors import UserError, first_line
 from fdiff.model.buckets import layout_of, part_sizes
-from fdiff.model.labels import label_rows, no_class
+from fdiff.model.labels import no_class
+from fdiff.model.parts import freeze_all_but, parameters_by_part
 from fdiff.model.unet import UNet
 
 
@@ -23,7 +26,7 @@ def build_unet(shape: tuple[int, int, int], model: ModelConfig) -> UNet:
         model.dim_mults,
         model.heads,
         model.head_dim,
-        label_rows(model),
+        model.label_rows,
         model.bottleneck_width,
         model.bottleneck_blocks,
         model.bottleneck_attention,
@@ -31,7 +34,31 @@ def build_unet(shape: tuple[int, int, int], model: ModelConfig) -> UNet:
     )
 
 
-BUILDERS = {"unet": build_unet}
+def build_unet2d(shape: tuple[int, int, int], model: ModelConfig, **_: Any) -> nn.Module:
+    """diffusers' UNet2DModel for images (C, S, S), with `model.options`. UserError where it is not installed.
+
+    Also where it takes other settings than these, which depends on its version.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise UserError("model.kind: unet2d is diffusers', which is not installed; pip install 'fdiff[diffusers]'")
+    from fdiff.model.unet2d import UNet2D  # slow to import, and only wanted here
+
+    labels = model.label_rows
+    sizes = {"in_channels": shape[0], "out_channels": shape[0], "sample_size": shape[1]}
+    settings = {**config_unet2d.complete(model), **sizes, "num_class_embeds": labels or None}
+    known = inspect.signature(UNet2D.__init__).parameters
+    same = {name for name, value in settings.items() if value == config_unet2d.DEFAULTS.get(name, ...)}
+    settings = {name: value for name, value in settings.items() if name in known or name not in same}
+    try:
+        return UNet2D(**settings)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of what the settings make of each other
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model.options: diffusers' UNet2DModel cannot be made of them ({reason})") from None
+
+
+BUILDERS = {"unet": build_unet, "unet2d": build_unet2d}
 
 
 def build_model(config: Config) -> nn.Module:
@@ -55,6 +82,8 @@ def build_model(config: Config) -> nn.Module:
             raise UserError(f"model.kind: {kind} fails ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(model, nn.Module):
         raise UserError(f"model.kind: {kind} returns a {type(model).__name__}; it must be a torch.nn.Module")
+    if config.model.train is not None:
+        freeze_all_but(model, config.model.train.split("+"))
     return model
 
 
@@ -89,7 +118,34 @@ def sizes_of(config: Config) -> dict[str, int]:
 
 def parts_of(config: Config) -> tuple[str, ...]:
     """The parts of the configured model that have something to train."""
-    return PARTS if config.model.kind in BUILDERS else tuple(sizes_of(config))
+    if config.model.kind not in BUILDERS:
+        return tuple(sizes_of(config))
+    return tuple(part for part in PARTS if part not in frozen_parts(config))
+
+
+def frozen_parts(config: Config) -> tuple[str, ...]:
+    """The parts of the configured model that `model.train` leaves out."""
+    if config.model.train is None:
+        return ()
+    parts = PARTS if config.model.kind in BUILDERS else tuple(parameters_by_part(describe_model(config)))
+    return tuple(part for part in parts if part not in config.model.train.split("+"))
+
+
+def check_model(config: Config) -> None:
+    """UserError if diffusers' UNet cannot be had as it is configured, as far as that is known before data are opened.
+
+    Takes no memory for it. What is wrong with the other models is found out when they are built.
+    """
+    if config.model.kind != "unet2d":
+        return
+    try:
+        shape = config.data.shape
+    except UserError:
+        with torch.device("meta"):
+            build_unet2d((1, 256, 256), config.model)
+        return
+    with torch.device("meta"):
+        check_forward(build_unet2d(shape, config.model), config)
 
 
 def check_forward(model: nn.Module, config: Config) -> None:

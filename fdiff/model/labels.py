@@ -15,11 +15,6 @@ def no_class(model: ModelConfig) -> int:
     return model.classes
 
 
-def label_rows(model: ModelConfig) -> int:
-    """How many labels a model has to know: its classes, and `no_class` only where labels are dropped."""
-    return model.classes + (model.class_dropout > 0)
-
-
 def drop_labels(labels: Tensor, model: ModelConfig, stream: torch.Generator) -> Tensor:
     """The labels (B,), of which each is dropped with chance `model.class_dropout`; draws B numbers of the stream."""
     dropped = torch.rand(labels.shape, generator=stream, device=labels.device) < model.class_dropout

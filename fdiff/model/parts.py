@@ -54,6 +54,19 @@ def parameters_by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return found
 
 
+def freeze_all_but(model: nn.Module, trained: Sequence[str]) -> None:
+    """Have only these parts of the model trained. UserError if it lacks one, or one has nothing that could be."""
+    found = parameters_by_part(model)
+    for part in trained:
+        if part not in found:
+            raise UserError(f"model.train: the model has no part {part!r}; its parts are {', '.join(found)}")
+        if not any(parameter.requires_grad for parameter in found[part].values()):
+            raise UserError(f"model.train: all parameters of the part {part} are frozen; there is nothing to train")
+    for part, parameters in found.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(parameter.requires_grad and part in trained)
+
+
 def _parts(model: nn.Module) -> Mapping[str, Sequence[nn.Module]]:
     parts = getattr(model, "parts", None)
     if not isinstance(parts, Mapping) or not parts:

@@ -21,7 +21,7 @@ from fdiff.federation.client import Client, Trainer
 from fdiff.federation.host import Host
 from fdiff.federation.local_optimizer import STEPS, clip, decay_at, rate_at
 from fdiff.federation.validate import check_client, has_client_files
-from fdiff.model import build_model, check_forward, describe_model, drop_labels, label_rows, layout_of
+from fdiff.model import build_model, check_forward, describe_model, drop_labels, layout_of
 
 CPU = torch.device("cpu")
 BASE = Config(
@@ -177,7 +177,7 @@ class OwnModel(torch.nn.Module):
 
 def test_a_model_of_ones_own_that_lacks_a_row_for_no_class_is_told_before_it_trains():
     config = replace(BASE, model=replace(BASE.model, classes=3, class_dropout=0.1))
-    check_forward(OwnModel(label_rows(config.model)), config)
+    check_forward(OwnModel(config.model.label_rows), config)
     check_forward(OwnModel(3), replace(config, model=replace(config.model, class_dropout=0.0)))
     with pytest.raises(UserError, match="fails on images of .1, 8, 8. .IndexError: index out of range"):
         check_forward(OwnModel(3), config)
