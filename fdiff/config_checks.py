@@ -111,6 +111,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known, key=lambda other: other.rpartition(".")[0] != name.rpartition(".")[0])
     lasts = [other.rpartition(".")[2] for other in names]
-    close = difflib.get_close_matches(name.rpartition(".")[2], dict.fromkeys(lasts), n=2, cutoff=0.7)
+    close = difflib.get_close_matches(name.rpartition(".")[2], dict.fromkeys(lasts), n=2, cutoff=0.72)
     found = [other for one in close for other, last in zip(names, lasts, strict=True) if last == one]
     return f"did you mean {' or '.join(found[:3])}?" if found else ""
