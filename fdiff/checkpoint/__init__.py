@@ -7,7 +7,7 @@ checksums) and `commit.py` (writing while training goes on). Knows no model and 
 from __future__ import annotations
 
 from fdiff.checkpoint.commit import VISIBLE_S, Committer, Contents
-from fdiff.checkpoint.file import Damaged, Examined, checksum, read_file, write_file
+from fdiff.checkpoint.file import Damaged, Examined, checksum, examine, read_file, write_file
 from fdiff.checkpoint.folder import (
     GLOBAL,
     Generation,

@@ -1,9 +1,9 @@
 """Export for diffusers: a folder that `DDPMPipeline.from_pretrained` opens, of a run of model.kind unet2d.
 
-    DIR/unet/          config.json, diffusion_pytorch_model.safetensors
-    DIR/scheduler/     scheduler_config.json: DDPMScheduler, with the noise that the run was trained on
-    DIR/model_index.json   not of a model with classes, whose labels that pipeline does not know
-    DIR/README.md      what it is, how to draw, and what differs from how the run draws
+DIR/unet/          config.json, diffusion_pytorch_model.safetensors
+DIR/scheduler/     scheduler_config.json: DDPMScheduler, with the noise that the run was trained on
+DIR/model_index.json   not of a model with classes, whose labels that pipeline does not know
+DIR/README.md      what it is, how to draw, and what differs from how the run draws
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def save_pipeline(folder: Path, saved: Saved, client: int | None, ema: bool) -> 
         os.rename(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        renaming = isinstance(error, OSError) and error.filename2 is not None
+        taken = renaming and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
         why = "is there already" if taken else f"cannot be written ({error})"
         raise UserError(f"{folder}: {why}; name another folder") from None
     return notes
@@ -143,8 +144,8 @@ def _card(config: Config, what: str, notes: list[str]) -> str:
         )
     listed = "".join(f"- {note}.\n" for note in notes)
     return (
-        f"A diffusion model for images of {side}x{side} and {channels} channels, trained by fdiff {__version__}:\n"
-        f"{what}, method {config.method}, {config.federation.clients} clients.\n\n```python\n{use}```\n\n"
+        f"A diffusion model for {side}x{side} images of {channels} channels, trained by fdiff {__version__}:\n{what}, "
+        f"method {config.method}, {config.federation.clients} clients.\n\n```python\n{use}```\n\n"
         "Images are in [-1, 1].\n" + (f"\nWhat differs from how the run draws:\n\n{listed}" if notes else "")
     )
 

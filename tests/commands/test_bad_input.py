@@ -14,6 +14,7 @@ from faults.processes import Job
 from faults.runs import train
 from jobs import TINY, Done, fdiff, in_turn, torchrun
 from PIL import Image
+from safetensors.numpy import save_file
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,11 @@ def write_inputs(folder: Path) -> None:
     (folder / "code.yaml").write_text("model: {kind: 'json:dumps'}\n")
     (folder / "mine.py").write_text(MINE)
     (folder / "unknown.yaml").write_text("federation:\n  client: 3\n")
+    (folder / "rgb.json").write_text('{"in_channels": 3, "block_out_channels": [32, 64, 64, 64]}')
+    save_file({"one": np.ones(1, np.float32)}, folder / "one.safetensors")
 
+
+UNET2D = "--model.kind unet2d"
 
 # name: (flags of `train`, what the line says, status)
 CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
@@ -69,6 +74,13 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "nobody reports": ("--method mine:nobody", ("mine:nobody lets nobody report the part decoder in round 1",), 2),
     "part of none": ("--model.kind mine:net --method head", ("shares a part 'head'", "its parts are all"), 2),
     "no parts": ("--model.kind mine:whole", ("the model cannot be shared: it has no attribute parts",), 2),
+    "levels": (f"{UNET2D} --model.options.block_out_channels [8,8,8,8,8]", ("data.image_side: 8", "5 stages"), 2),
+    "fourier": (f"{UNET2D} --model.options.time_embedding_type fourier", ("takes the logarithm of the timestep",), 2),
+    "other channels": (f"{UNET2D} --model.config rgb.json", ("in_channels: 3 is a config for other channels",), 2),
+    "no weights": ("--model.init nowhere", ("model.init: nowhere: is not there; give a file of fdiff export",), 2),
+    "other weights": ("--model.init one.safetensors", ("does not fit the model; it has no encoder.", "and 1"), 2),
+    "only frozen": ("--method udec --model.train encoder", ("method: udec shares only decoder",), 2),
+    "trained part": ("--model.train tail", ("model.train: 'tail' names a part 'tail'; the parts are encoder",), 2),
     "partition": ("--data.partition dirichlet", ("data.partition", "quantity-skew, label-count, private"), 2),
     "preset": ("--preset imagenet", ("--preset", "'imagenet'", "fmnist, celeba, cifar10, folder or mini"), 2),
     "flag": ("--federation.client 3", ("--federation.client",), 2),

@@ -53,6 +53,19 @@ def test_each_example_of_the_guide_trains_resumes_and_is_exported(tmp_path: Path
     assert other.status == 2, other.err
 
 
+def test_the_guides_commands_for_diffusers_and_weights_run_as_written(tmp_path: Path) -> None:
+    section = re.search(r"^## diffusers' UNet.*?(?=^## )", GUIDE, re.M | re.S)[0]
+    first, *others = [shlex.split(line) for line in re.search(r"```sh\n(.*?)```", section, re.S)[1].splitlines()]
+    for rank in on_ranks(2, *first[6:], *SMALL, cwd=tmp_path):
+        rank.check()
+    for command in others:
+        fdiff(*command[1:], *(SMALL if command[1] == "train" else []), cwd=tmp_path).check()
+    tuned = arrays(tmp_path / "runs" / "tuned", 1)
+    frozen = load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert np.array_equal(tuned["global/frozen"][:72], frozen["conv_in.weight"].ravel())
+    assert {name for name in tuned if "private/" in name} == {f"client-{c:04d}/private/bottleneck" for c in range(2)}
+
+
 def test_any_parts_end_alike_on_two_ranks_stopped_and_resumed_on_one(tmp_path: Path) -> None:
     more = [
         "--optim.ema",
