@@ -197,6 +197,7 @@ def one_holds_the_lock(comm: Communicator) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # that a heart has stopped is noticed in a test that always runs
 def test_a_rank_that_holds_the_interpreters_lock_is_waited_for_or_named(tmp_path: Path) -> None:
     """For 6 s, of which no heartbeat is sent and no alarm heard: see `tests.faults --only locks` for 30."""
     run_ranks(one_holds_the_lock, RANKS, tmp_path)

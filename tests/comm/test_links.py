@@ -63,6 +63,7 @@ def errors(folder: Path, rank: int) -> list[str]:
 
 
 @needs_networks
+@pytest.mark.rare  # TCP does what it has always done
 def test_a_link_that_comes_back_changes_nothing(tmp_path):
     with two_networks(15, tmp_path) as (net, jobs):
         set_link(net, 0, "down")

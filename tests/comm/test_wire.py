@@ -109,8 +109,9 @@ TCP_ONLY = {  # neither may notice that its ranks share a node, and use its memo
 }
 
 
-# The ring and the calls are ours, whichever library carries them out; that it is the other one is seen with --all.
-@pytest.mark.parametrize("name", ["openmpi", pytest.param("mpich", marks=pytest.mark.rare)])
+# The ring and the calls are ours, whichever library carries them out: gloo does in the tests above.
+@pytest.mark.rare
+@pytest.mark.parametrize("name", ["openmpi", "mpich"])
 def test_under_mpirun_over_tcp_the_interfaces_count(name, net, tmp_path):
     """Headers apart, what the plan says: round the ring, and by the library's own all-reduce."""
     mpi, config = find(name), preset("fmnist")

@@ -208,6 +208,7 @@ def test_it_refuses_what_train_refuses(tmp_path):
     assert "this job could run here" in fine.out and not any((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.rare  # the test above goes the same way, and is refused
 def test_it_goes_on_where_train_would(tmp_path):
     flags = [*TINY, "--federation.rounds", "1", "--run.dir", "run"]
     fdiff("train", *flags, cwd=tmp_path).check()

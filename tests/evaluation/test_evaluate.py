@@ -96,7 +96,7 @@ class OnEveryRank:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "udec"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.rare), "udec"])  # each client's, and so all
 def test_scores_do_not_depend_on_the_number_of_ranks_and_only_statistics_travel(runs, method, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)

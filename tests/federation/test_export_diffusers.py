@@ -159,7 +159,7 @@ def test_it_is_refused_in_one_line(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     for name, target, told in (
         ("paper", "new", "--format: diffusers has no class for model.kind unet of"),
-        ("free", "new", "--client: None is not valid; with udec each client has its own model: 0 to 1"),
+        ("free", "new", "--client: with udec each client has its own model; say whose it is"),
         ("clip", "full", "is there already, and is no empty folder; name another"),
         ("clip", "file", "is there already, and is no empty folder; name another"),
         ("clip", "file/new", "cannot be written"),

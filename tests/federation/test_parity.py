@@ -173,7 +173,7 @@ def test_a_federation_is_the_oracles(variant, precision, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.rare), 4])  # more ranks, more ways to differ
 def test_a_federation_on_several_ranks_is_the_oracles(ranks, tmp_path):
     cases = [(method, "float64") for method in METHODS]
     cases += [("usplit", "float32"), ("udec-half-kept-ema", "float64")]

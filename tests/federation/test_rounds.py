@@ -37,14 +37,14 @@ FIVE = "--federation.clients 5 --federation.fraction 0.6 --optim.ema 0.9 --metho
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory) -> Path:
-    """Each method in ordered reduction on 1, 2 and 4 ranks, in fast on 2 and 4; five clients in ordered on 1, 2 and 5.
+    """Each method in ordered reduction on 1 and 4 ranks, in fast on 2; five clients in ordered on 1 and 2.
 
-    Fast reduction on one rank is what test_parity.py holds against the oracle.
+    Fast reduction on one rank is what test_parity.py holds against the oracle, and on 4.
     """
     folder = tmp_path_factory.mktemp("jobs")
-    train_each_method("ordered", (1, 2, 4), ("--runtime.reduction", "ordered"), folder)
-    train_each_method("fast", (2, 4), ("--runtime.reduction", "fast"), folder)
-    for ranks in (1, 2, 5):
+    train_each_method("ordered", (1, 4), ("--runtime.reduction", "ordered"), folder)
+    train_each_method("fast", (2,), ("--runtime.reduction", "fast"), folder)
+    for ranks in (1, 2):
         flags = [*FIVE.split(), "--runtime.reduction", "ordered", "--run.dir", f"five-{ranks}"]
         for rank in on_ranks(ranks, "train", *TINY, *flags, cwd=folder):
             rank.check()
@@ -71,7 +71,7 @@ def train_each_method(kind: str, on: Sequence[int], flags: Sequence[str], folder
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2])
 def test_equal_to_1e_6_on_any_number_of_ranks(jobs, method, ranks):
     """Of each part's norm: a single element whose gradient is all but zero may move by a learning rate either way."""
     one, many = (arrays(jobs / f"{method}-{job}", 3) for job in ("ordered-1", f"fast-{ranks}"))
@@ -88,7 +88,7 @@ def test_every_element_equal_to_1e_9_in_float64(jobs_in_float64, method, ranks):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [4])
 def test_bit_equal_in_ordered_reduction(jobs, method, ranks):
     one, many = (arrays(jobs / f"{method}-ordered-{n}", 3) for n in (1, ranks))
     assert one.keys() == many.keys()
@@ -102,7 +102,7 @@ def test_the_methods_differ(jobs):
     assert len({d.tobytes() for d in decoders}) == len(METHODS)
 
 
-@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("ranks", [2])
 def test_private_parts_of_five_clients_survive_three_rounds(jobs, ranks):
     for round in (1, 2, 3):
         one, many = (arrays(jobs / f"five-{n}", round) for n in (1, ranks))
