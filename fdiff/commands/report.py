@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 PAGES = (".html", ".htm")
 
 
-def run(runs: list[Path], *, out: Path | None = None) -> None:
+def run(runs: list[Path], *, out: Path | None = None, root: Path | None = None) -> None:
     """Make a report.
 
     A run whose files are not as fdiff writes them is refused, with one line that says why; the others are shown.
@@ -22,6 +22,8 @@ def run(runs: list[Path], *, out: Path | None = None) -> None:
     Args:
         runs: Run folders; several stand side by side.
         out: The HTML file to write; by default report.html in the folder of the first run that is shown.
+        root: Folder of the data set, whose test images are shown beside the samples; without it only those that come
+            with the system: the embedded ones, and Fashion-MNIST where no run names another folder.
     """
     try:
         from fdiff.report import read_run, render  # slow to import, and only wanted here
@@ -37,7 +39,7 @@ def run(runs: list[Path], *, out: Path | None = None) -> None:
         except UserError as error:
             refused.append(error)
     if sound:
-        _write(out or sound[0].folder / "report.html", render(sound))
+        _write(out or sound[0].folder / "report.html", render(sound, root))
     for error in refused[:-1]:
         log.error("fdiff: error: %s", one_line(error))
     if refused:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from fdiff.federation.client import Client, Report
 from fdiff.federation.compressed import CompressedAggregation
 from fdiff.federation.forecast import bytes_by_purpose, communicated
 from fdiff.plan import RoundPlan, new_clients, round_half_up
+from fdiff.runtime import peak_memory
 
 Row = dict[str, Any]
 
@@ -30,7 +32,7 @@ class Round:
     where a step follows that needs them. `reports` and `failures` (why training failed, by client) are of this rank's
     clients, the first `taken_up` reports of an earlier start; `dropped` are the failures of all ranks. `ema` (n,) is
     the average of the moving averages of the shared parts, `images` (m, C, S, S) the grid on rank 0; both None
-    in rounds without them. `metrics` is the round's row of the log.
+    in rounds without them. `metrics` is the round's row of the log. `began` is when.
     """
 
     plan: RoundPlan
@@ -44,6 +46,7 @@ class Round:
     images: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     metrics: Row = field(default_factory=dict)
+    began: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def is_done(self, client: Client) -> bool:
         """Whether a client of this rank has trained, or has failed to."""
@@ -64,6 +67,7 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
     """
     comm, plan = rank.comm, round.plan
     mine = {"reports": [asdict(r) for r in round.reports], "sent": comm.ledger.take(), "seconds": round.seconds}
+    mine |= {"began": round.began, "peak_memory": peak_memory(rank.host.trainer.device)}
     everyone = exchange_json(comm, mine)
     config, fed = rank.config, rank.config.federation
     new = new_clients(plan, fed.clients, config.run.seed, fed.fraction)
@@ -84,6 +88,9 @@ def rows_of(round: Round, rank: RankSetup) -> tuple[Row, list[Row]]:
         "communicated_parameters": communicated(plan, rank.payload, new),
         "wire_bytes": sum(sent.values()),
         "bytes_by_purpose": sent,
+        "began": everyone[0]["began"],
+        "ranks": comm.size,
+        "peak_memory": max(each["peak_memory"] for each in everyone),
     }
     return metrics, rows
 

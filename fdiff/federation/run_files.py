@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and len(value) < 40 and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 def _list_of(check: Check) -> Check:
@@ -63,6 +71,7 @@ KINDS: dict[str, Check] = {
     "a list of whole numbers": _list_of(_is_count),
     "a table of whole numbers": _table_of(_is_count),
     "a table of lists of whole numbers": _table_of(_list_of(_is_count)),
+    "a time, as 2026-11-28T12:00:00+00:00": _is_time,
     "text": lambda value: isinstance(value, str),
     "text or null": lambda value: value is None or isinstance(value, str),
     "a word": lambda value: isinstance(value, str) and bool(re.fullmatch(WORD, value)),
@@ -87,6 +96,9 @@ FIELDS: dict[str, dict[str, str]] = {
         "communicated_parameters": "a whole number",
         "wire_bytes": "a whole number",
         "bytes_by_purpose?": "a table of finite numbers",
+        "began?": "a time, as 2026-11-28T12:00:00+00:00",
+        "ranks?": "a whole number",
+        "peak_memory?": "a whole number",
     },
     "clients": {
         "round": "a round's number",

@@ -19,15 +19,18 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fdiff.errors import printable
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = ("#3b82c4", "#e0803a", "#3d9e6f", "#b65fbf", "#c9a227", "#d3546b", "#4aa8b8", "#8a7cc9")
 LINE = 0.17  # inches, of text in a legend or beside a bar
+MOST_POINTS = 400  # of a line
+LINES_OF_CLIENTS, RUNS_WITH_CLIENTS = 12, 8  # more clients than that are a band, of more runs none are drawn
+WIDEST, TALLEST = 12.0, 9.0  # inches, of a heat map
 STYLE = {
     "text.parse_math": False,  # a run's name may have dollars
     "svg.fonttype": "none",
@@ -52,7 +55,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run shows over its rounds: of the raw model, dashed of the moving average, thin of each client."""
+    """What a run shows over its rounds: of the raw model, dashed of the moving average, thin of each client.
+
+    Many clients are a band from the lowest to the highest.
+    """
 
     raw: Points
     average: Points = ()
@@ -69,29 +75,59 @@ class Curve:
 
 
 @mpl.rc_context(STYLE)
-def curves(runs: Mapping[str, Curve], ylabel: str, xlabel: str = "round") -> str:
-    """Lines over rounds, or over what `xlabel` says.
+def curves(runs: Mapping[str, Curve], ylabel: str, xlabel: str = "round", log: bool = False) -> str:
+    """Lines over rounds, or over what `xlabel` says; with `log`, and no value that is not above 0, on such a scale.
 
-    A colour for each run, which it has in all drawings of these runs, empty curves among them.
+    Each run has its `colour` in all drawings of these runs, empty curves among them, and its name where one points.
     """
     figure, axes = _figure(5.0, 3.0)
-    shown = {name: (curve, _colour(i)) for i, (name, curve) in enumerate(runs.items()) if curve}
-    for curve, colour in shown.values():
-        for faint in curve.clients:
-            axes.plot(*_columns(faint), color=colour, linewidth=0.8, alpha=0.45)
-        for points, style in ((curve.raw, "-"), (curve.average, "--")):
-            marker = "o" if len(points) < 40 else ""
-            axes.plot(*_columns(points), style, color=colour, linewidth=2, marker=marker, markersize=4)
+    shown = {name: (i, curve) for i, (name, curve) in enumerate(runs.items()) if curve}
+    for i, curve in shown.values():
+        if len(runs) <= RUNS_WITH_CLIENTS:
+            _draw_clients(axes, curve.clients, colour(i))
+        for kind, points, style in (("raw", curve.raw, "-"), ("average", curve.average, "--")):
+            if points:
+                marker = "o" if len(points) < 40 else ""
+                line = axes.plot(*_columns(points), style, color=colour(i), linewidth=2, marker=marker, markersize=4)
+                line[0].set_gid(f"run{i}-{kind}")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=xlabel == "round"))
-    if len(runs) > 1:
-        _legend_above(axes, {name: Line2D([], [], color=colour, linewidth=2) for name, (_, colour) in shown.items()})
-    return _svg(figure, f"{ylabel} by {xlabel}")
+    axes.ticklabel_format(useOffset=False)
+    lines = [line for _, curve in shown.values() for line in (curve.raw, curve.average, *curve.clients)]
+    values = [y for line in lines for _, y in line]
+    if log and min(values, default=0) > 0:
+        _scale_log(axes)
+    names = {str(i): html.escape(name) for name, (i, _) in shown.items()}
+    svg = _svg(figure, f"{ylabel} by {xlabel}")
+    return re.sub(r'<g id="[^"]*-run([0-9]+)-[a-z]+">', lambda m: f"{m[0]}<title>{names[m[1]]}</title>", svg)
 
 
-def _colour(i: int) -> str | tuple[float, float, float]:
-    """The colour of the i-th run: of few a chosen one, of more another hue each."""
-    return COLOURS[i] if i < len(COLOURS) else colorsys.hls_to_rgb(i * 0.618 % 1, 0.5, 0.5)
+def _draw_clients(axes: Axes, clients: Sequence[Points], colour: str) -> None:
+    if len(clients) <= LINES_OF_CLIENTS:
+        for points in clients:
+            axes.plot(*_columns(points), color=colour, linewidth=0.8, alpha=0.45)
+        return
+    values: dict[float, list[float]] = {}
+    for x, y in itertools.chain.from_iterable(clients):
+        values.setdefault(x, []).append(y)
+    rounds = sorted(values)
+    low, high = ([(x, end(values[x])) for x in rounds] for end in (min, max))
+    (xs, lowest), (_, highest) = _columns(low), _columns(high)
+    axes.fill_between(xs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+
+
+def _scale_log(axes: Axes) -> None:
+    """A logarithmic scale, its numbers written as plain ones, some even where it spans less than a power of ten."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def colour(i: int) -> str:
+    """The colour of the i-th run, as #rrggbb: of few a chosen one, of more another hue each."""
+    return COLOURS[i] if i < len(COLOURS) else to_hex(colorsys.hls_to_rgb(i * 0.618 % 1, 0.5, 0.5))
 
 
 @mpl.rc_context(STYLE)
@@ -99,14 +135,17 @@ def heat_map(counts: Sequence[Mapping[str, int]], title: str) -> str:
     """Clients by labels, the number of images in each cell; empty cells stay empty."""
     labels = sorted(set().union(*counts), key=lambda text: (len(text), text))
     table = np.array([[of_client.get(label, 0) for label in labels] for of_client in counts])
-    figure, axes = _figure(max(3.2, 1.0 + 0.48 * len(labels)), 1.0 + 0.34 * len(counts))
+    width, height = min(WIDEST, 0.48 * len(labels)), min(TALLEST, 0.34 * len(counts))
+    figure, axes = _figure(max(3.2, 1.0 + width), 1.0 + height)
     axes.imshow(np.where(table > 0, table, np.nan), cmap="Blues", aspect="auto", vmin=0, vmax=max(1, table.max()))
     if table.size <= 400:
         for (client, column), n in np.ndenumerate(table):
             if n:
                 colour = "#ffffff" if n > 0.55 * table.max() else "#10202f"
                 axes.text(column, client, str(n), ha="center", va="center", fontsize=8.5, color=colour)
-    axes.set(xlabel="label", ylabel="client", xticks=range(len(labels)), xticklabels=list(map(printable, labels)))
+    shown = range(0, len(labels), max(1, -(-len(labels) // 25)))
+    names = [printable(labels[i]) for i in shown]
+    axes.set(xlabel="label", ylabel="client", xticks=shown, xticklabels=names)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -132,12 +171,12 @@ def stacked(parts: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
     """A horizontal bar for each name, cut into its parts; long names take several lines."""
     names = [_folded(name, 22) for name in parts]
     lines = max(name.count("\n") for name in names)
-    figure, axes = _figure(5.0, 1.0 + (0.42 + LINE * lines) * len(parts))
+    figure, axes = _figure(5.0, 1.0 + ((0.42 if len(parts) <= 8 else 0.26) + LINE * lines) * len(parts))
     phases = list(dict.fromkeys(itertools.chain.from_iterable(parts.values())))
     left, drawn = np.zeros(len(parts)), {}
     for i, phase in enumerate(phases):
         widths = np.array([of_run.get(phase, 0.0) for of_run in parts.values()])
-        drawn[phase] = axes.barh(range(len(parts)), widths, left=left, color=_colour(i), height=0.62)
+        drawn[phase] = axes.barh(range(len(parts)), widths, left=left, color=colour(i), height=0.62)
         left += widths
     axes.set(xlabel=xlabel, yticks=range(len(parts)), yticklabels=names)
     axes.invert_yaxis()
@@ -152,7 +191,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    """The xs and ys of as many of the points as a drawing shows, the last one among them."""
+    points = points[:: -(-len(points) // MOST_POINTS)] + points[-1:] if len(points) > MOST_POINTS else points
+    return [x for x, _ in points], [float(f"{y:.6g}") for _, y in points]  # equal but for rounding is drawn as equal
 
 
 def _folded(name: str, width: int) -> str:

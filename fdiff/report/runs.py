@@ -8,18 +8,19 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 from PIL import Image
 
 from fdiff.config import Config
 from fdiff.errors import UserError, first_line
-from fdiff.evaluation import Row, described, distance_name, find_warnings, mean_distance, newest_scores, scored_as
+from fdiff.evaluation import Row, described, find_warnings, newest_scores, scored_as
 from fdiff.federation import (
     check_ranks,
     find_gaps,
-    forecast_run,
     images_of,
     read_config,
     read_log,
@@ -69,6 +70,23 @@ class Run:
         return dict(zip((r["round"] for r in self.rounds), totals, strict=True))
 
     @property
+    def device_hours(self) -> float | None:
+        """Hours of all rounds times the ranks, each with a device of its own; None where it was not written down."""
+        if not all("ranks" in row for row in self.rounds):
+            return None
+        return sum(sum(row["seconds"].values()) * row["ranks"] for row in self.rounds) / 3600
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most bytes that a rank has taken, of its device's memory or, without one, of the host's."""
+        return max((row["peak_memory"] for row in self.rounds if "peak_memory" in row), default=None)
+
+    @property
+    def began(self) -> datetime | None:
+        """When its first round began."""
+        return datetime.fromisoformat(self.rounds[0]["began"]) if self.rounds and "began" in self.rounds[0] else None
+
+    @property
     def dropped(self) -> list[tuple[int, int, str]]:
         """(round, client, why) where a round went on without a client whose training had failed."""
         return [(r["round"], int(client), why) for r in self.rounds for client, why in r.get("dropped", {}).items()]
@@ -103,53 +121,22 @@ class Run:
         having = {r: [number(row, name) for row in rows if name in row["scores"]] for r, rows in rounds.items()}
         return [(r, sum(v) / len(v)) for r, v in having.items() if v]
 
+    def spread_of_loss(self) -> float | None:
+        """The deviation of the last round's loss over the clients that trained in it; None of fewer than two."""
+        losses = [row["loss"] for row in self.clients if row["round"] == self.rounds[-1]["round"]]
+        return pstdev(losses) if len(losses) > 1 else None
+
     def told(self) -> list[str]:
         """What must be said beside its scores: a line for each extractor."""
         rounds = [self.scored(extractor, False) for extractor in self.extractors]
         return [described(of_extractor[max(of_extractor)][0]) for of_extractor in rounds if of_extractor]
 
-    def facts(self) -> dict[str, str]:
-        """The row of this run in the table of runs."""
-        fed, cost = self.config.federation, forecast_run(self.config, self.ranks, images=self.images)
-        sent = sum(r["wire_bytes"] for r in self.rounds)
-        return {
-            "method": self.config.method,
-            "partition": self.config.data.partition,
-            "clients": str(fed.clients),
-            "local epochs": str(fed.local_epochs),
-            "rounds": f"{len(self.rounds)} of {fed.rounds}",
-            "loss": f"{self.rounds[-1]['loss']:.4f}" if self.rounds else "–",
-            "score": self.score_text(),
-            "missing classes": self.missing_text(),
-            "N": f"{sum(r['communicated_parameters'] for r in self.rounds):,}",
-            "saving": f"{cost['saving']:.1%}",
-            "sent": f"{sent / 1e6:,.1f} MB",
-            "time": f"{sum(self.seconds.values()):,.0f} s",
-        }
-
-    def score_text(self) -> str:
-        """The distances of the last round that is scored, mean over the models, and of which weights."""
-        best = []
-        for ema, rows in self._last_scored():
-            if name := next(filter(None, map(distance_name, rows)), None):
-                best.append(f"{name} {mean_distance(rows):.2f}{' (average)' if ema else ''}")
-        return ", ".join(best) or "–"
-
-    def missing_text(self) -> str:
-        """The classes that the raw models of the last scored round do not draw, of each that lacks some."""
-        rows = [r for ema, rows in self._last_scored() for r in rows if not ema and "missing_classes" in r["scores"]]
-        found = []
-        for row in (row for row in rows if row["scores"]["missing_classes"]):
-            model = "" if row["client"] is None else f"client {row['client']}: "
-            found.append(model + ", ".join(map(str, row["scores"]["missing_classes"])))
-        return "; ".join(found) or ("none" if rows else "–")
-
     def warnings(self) -> list[str]:
         """The signs of failure that its scores show."""
-        rows = [row for local in (False, True) for _, rows in self._last_scored(local) for row in rows]
+        rows = [row for local in (False, True) for _, rows in self.last_scored(local) for row in rows]
         return find_warnings(rows, self.config, self.folder)
 
-    def _last_scored(self, local: bool = False) -> Iterator[tuple[bool, list[Row]]]:
+    def last_scored(self, local: bool = False) -> Iterator[tuple[bool, list[Row]]]:
         """The rows of the last round of each extractor and kind of weights, behind whether those are the average."""
         for extractor in sorted({row["extractor"] for row in self.scores}):
             for ema in (False, True):
@@ -226,5 +213,5 @@ def _read_grid(path: Path, run_dir: Path) -> bytes:
         raise UserError(f"{path}: is not a PNG image of this run ({first_line(error)}); remove it") from None
     pixels.info = {}  # a colour profile would be written, too
     written = io.BytesIO()
-    pixels.save(written, "PNG")
+    pixels.save(written, "PNG", compress_level=1)  # what the page shows is made of it: see `grids`
     return written.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def free_memory(device: torch.device) -> int:
     fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     return max(0, min([available, *_left_by_cgroups(), *_left_by_slurm()]))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: in tensors on a CUDA device, or of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def killed_for_memory() -> int:

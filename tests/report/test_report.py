@@ -15,7 +15,7 @@ from run_folders import write_run
 
 from fdiff.errors import UserError
 from fdiff.federation.logs import append_jsonl
-from fdiff.report import Run, charts, read_run, render
+from fdiff.report import Run, charts, facts, read_run, render
 from fdiff.report.charts import Curve, bars, curves, heat_map, stacked
 from fdiff.report.runs import named_apart
 
@@ -60,12 +60,18 @@ def test_the_page_opens_wide_and_narrow_light_and_dark(page, width, scheme):
         assert chromium.script("return performance.getEntriesByType('resource').length") == 0
         assert chromium.script("return document.documentElement.scrollWidth") <= width
         sizes = chromium.script(
-            "return [...document.querySelectorAll('svg, img:not([hidden])')].map(e => {"
+            "return [...document.querySelectorAll('svg, img')].filter(e => e.checkVisibility()).map(e => {"
             "const b = e.getBoundingClientRect(); return [b.width, b.height, e.naturalWidth ?? 1]; })"
         )
-        # loss and eight scores; a grid, a heat map and the communication of each run; a score over bytes; the time
-        assert len(sizes) == 9 + 3 * 2 + 2
+        # loss and eight scores; real images, those of the global model and of two clients; a heat map and the
+        # communication of each run; a score over bytes; the time
+        assert len(sizes) == 9 + 4 + 2 * 2 + 2
         assert all(100 < w <= width and h > 40 and loaded > 0 for w, h, loaded in sizes), sizes
+        first = chromium.script(
+            "const t = document.querySelector('.wide'), c = t.querySelector('tbody th'); t.scrollLeft = 300;"
+            "return [c.getBoundingClientRect().left - t.getBoundingClientRect().left, t.scrollLeft]"
+        )
+        assert 0 <= first[0] < 2 and (first[1] > 0 or width > 390)
         light_ink = chromium.script("return getComputedStyle(document.querySelector('svg text')).fill")
         paper = chromium.script("return getComputedStyle(document.body).backgroundColor")
         assert (brightness(light_ink) > brightness(paper)) == (scheme == "dark")
@@ -83,7 +89,7 @@ def test_the_slider_shows_the_grid_of_its_round(page):
     with browser() as chromium:
         chromium.open(page)
         shown = (
-            "return [...document.querySelectorAll('.samples')].map(s => [...s.querySelectorAll('img')]"
+            "return [...document.querySelectorAll('.samples')].map(s => [...s.querySelectorAll('.strips')]"
             ".filter(i => i.offsetParent).map(i => i.dataset.round).concat(s.querySelector('output').textContent))"
         )
         assert chromium.script(shown) == [["2", "round 2"], ["2", "round 2"]]
@@ -105,14 +111,23 @@ def test_the_page_is_self_contained_and_says_what_the_logs_say(runs, page):
     assert len(ids) == len(set(ids))
     full, udec = read_run(runs / "full"), read_run(runs / "<b>udec")
     for run in (full, udec):
-        assert f"fd_fmnist {run.averaged('fd_fmnist', 'fmnist-cnn', False)[-1][1]:.2f}" in text
+        assert f"{run.averaged('fd_fmnist', 'fmnist-cnn', False)[-1][1]:.2f}" in text
         (told,) = run.told()
         assert told.startswith("100 images a model (ddim, 4 steps) against 100 of ") and f"Scores of {told}" in text
         assert "extractor fmnist-cnn" in told and told.endswith("images resized from 8 pixels")
     assert f"{sum(r['communicated_parameters'] for r in udec.rounds):,}" in text
     held = [(client["images"], sum(client["labels"].values())) for client in full.setting["clients"]]
     assert sum(images for images, _ in held) == 200 and all(images == of_labels for images, of_labels in held)
-    assert 'class="differs"><th>method</th>' in text
+    differs, same = text[text.index('id="configuration"') :].split("<details>", 1)
+    assert "<th>method</th><td>full</td><td>udec</td>" in differs and "<th>optim.lr</th>" not in differs
+    assert "<th>optim.lr</th><td>1e-05</td>" in same
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    kinds = [f"client {c}, raw weights" for c in (0, 1)]
+    assert captions == [
+        "real images, embedded Fashion-MNIST excerpt, test split",
+        *(f"global model, moving average, round {round}" for round in (1, 2)),
+        *(f"{kind}, round {round}" for round in (1, 2) for kind in kinds),
+    ]
 
 
 @pytest.mark.slow
@@ -120,9 +135,9 @@ def test_a_run_whose_clients_keep_parts_shows_each_and_warns(runs, monkeypatch):
     udec = read_run(runs / "<b>udec")
     drawn: dict[str, Curve] = {}
 
-    def draw(of, label, *over):
+    def draw(of, label, *over, **how):
         drawn.setdefault(label, of["<b>udec"])
-        return curves(of, label, *over)
+        return curves(of, label, *over, **how)
 
     monkeypatch.setattr(charts, "curves", draw)
     text = render([udec])
@@ -154,12 +169,14 @@ def test_the_scoring_that_was_written_last_is_shown_of_each_extractor(runs, tmp_
     assert found.averaged("fd_fmnist", "fmnist-cnn", False) == [(1, 5.0)]
     assert found.averaged("fid", "inception", False) == [(1, 9.0), (2, 9.0)]
     assert found.averaged("missing_classes", "fmnist-cnn", False) == [(1, 2.0)]
-    assert found.score_text() == "fd_fmnist 5.00, fid 9.00" and found.missing_text() == "3, 7"
+    scores = {fact.name: fact.cells[0] for fact in facts.scores([found])}
+    assert scores.pop("missing classes by fmnist-cnn") == "3, 7"
+    assert scores == {"fd_fmnist": "5.00", "FID": "9.00", "KID by inception": "0.5000"}
     text = render([found])
     assert "99 images a model" in text and "extractor inception ffffffffffff" in text
     assert 'aria-label="FID (lower is better) by round"' in text
     assert 'aria-label="KID by inception (lower is better) by round"' in text
-    assert "<th>missing classes</th><td>3, 7</td>" in text
+    assert "<th>missing classes by fmnist-cnn</th><td>3, 7</td>" in text
 
 
 @pytest.mark.slow
@@ -247,12 +264,11 @@ def test_runs_are_named_by_the_part_of_their_paths_that_differs(tmp_path):
 def test_a_name_is_a_name_in_every_chart_and_is_not_read_as_anything(tmp_path, name, recwarn):
     runs = side_by_side(tmp_path, name, "other")
     shown = html.escape(name, quote=False)
-    curve, bars = (
-        curves({run.name: Curve([(1, 2.0)]) for run in runs}, "loss"),
-        stacked({r.name: r.seconds for r in runs}, "s"),
-    )
-    written = ["".join(re.findall(r">([^<]+)</t(?:ext|span)>", svg)) for svg in (curve, bars)]
-    assert all(shown.replace(" ", "") in text.replace(" ", "") and "other" in text for text in written)
+    bars = stacked({run.name: run.seconds for run in runs}, "s")
+    written = "".join(re.findall(r">([^<]+)</t(?:ext|span)>", bars)).replace(" ", "")
+    assert shown.replace(" ", "") in written and "other" in written
+    titles = re.findall(r"<title>(.*)</title>", curves({run.name: Curve([(1, 2.0)]) for run in runs}, "loss"))
+    assert titles == [html.escape(name), "other"]
     assert not recwarn.list
 
 
@@ -261,10 +277,9 @@ def test_a_run_has_one_colour_in_all_charts_and_no_other_run_has_it(tmp_path):
     names = [f"run-{i}" for i in range(11)]
     losses = curves({name: Curve([(1, 2.0)]) for name in names}, "loss")
     scores = curves({name: Curve([(1, 2.0)] if i else []) for i, name in enumerate(names)}, "fid")
-    drawn = [re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 2\b", svg) for svg in (losses, scores)]
-    lines, legend = drawn[0][:11], drawn[0][-11:]
-    assert lines == legend and len(set(lines)) == 11
-    assert drawn[1][:10] == lines[1:] and ">run-0<" not in scores
+    lines, fewer = (re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 2\b", svg) for svg in (losses, scores))
+    assert lines == [charts.colour(i) for i in range(11)] and len(set(lines)) == 11
+    assert fewer == lines[1:] and ">run-0<" not in scores
 
 
 def test_bars_keep_their_width_beside_long_names():
