@@ -248,7 +248,10 @@ def _check_numbers(name: str, text: str) -> None:
 
 def _in_our_words(message: str) -> str:
     """The parser's complaint in the wording of the configuration's own."""
-    found = re.match(r'Parser key "([^"]+)":\s+Expected an? (.+?)\. Got value: (.*)', " ".join(message.split()))
+    message = " ".join(message.split())
+    found = re.match(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message) or re.match(
+        r'Parser key "([^"]+)": Does not validate .+? Subtypes: \[(.+?)\] Errors: .+ Given value: (.*)', message
+    )
     if not found:
         return " ".join(message.split())
     name, kind, value = found.groups()
@@ -258,7 +261,7 @@ def _in_our_words(message: str) -> str:
 
 
 def _type_name(kind: str) -> str:
-    names = re.findall(r"'([^']*)'", kind) or [kind]
+    names = re.findall(r"'([^']*)'", kind.replace("tuple[float, float]", "'list of two numbers'")) or [kind]
     return " or ".join("list of whole numbers" if n == "tuple" else n.replace("NoneType", "null") for n in names)
 
 

@@ -209,7 +209,7 @@ def test_a_folder_of_16_bit_images_keeps_its_precision(tmp_path: Path) -> None:
     assert found.config.data.range == FULL and "values from 0 to 65535" in found.notes[1]
     for in_memory in ("always", "never"):
         shard = Shard(found.sources[0], np.array([2, 0]), CPU, in_memory=in_memory, workers=1)
-        (batch, _), = shard.batches(torch.arange(2), 2)
+        ((batch, _),) = shard.batches(torch.arange(2), 2)
         back = ((batch.double() + 1) * 32767.5).round().numpy().astype(np.uint16)
         np.testing.assert_array_equal(back[:, 0], [deep(8, 8, seed=2), deep(8, 8)])
     again = opened(found.config.data)

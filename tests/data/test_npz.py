@@ -83,7 +83,7 @@ def test_wider_values_reach_the_shard_at_their_precision(tmp_path: Path) -> None
     source = open_source(data, "train")
     split = read_split(data, "train")
     shard = Shard(source, np.array([4, 1]), CPU)
-    (batch, _), = shard.batches(torch.arange(2), 2)
+    ((batch, _),) = shard.batches(torch.arange(2), 2)
     back = ((batch.double() + 1) / 2 * 4095).round().numpy()
     np.testing.assert_array_equal(back, images[split.rows[[4, 1]]].transpose(0, 3, 1, 2))
     assert shard._bytes == 2 * 2 * 64 * 4  # float32

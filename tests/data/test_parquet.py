@@ -94,7 +94,7 @@ def test_a_part_of_it_reads_the_row_groups_of_that_part(tmp_path: Path, groups_r
     assert groups_read == []  # labels are another column
     shard = Shard(source, np.array([9, 1, 0, 8]), CPU, in_memory="always", workers=0)
     assert groups_read == [("train-00000", 0), ("train-00002", 0)]
-    (batch, labels), = shard.batches(torch.arange(4), 4)
+    ((batch, labels),) = shard.batches(torch.arange(4), 4)
     np.testing.assert_array_equal(batch[:, 0].numpy(), images[[9, 1, 0, 8]])
     assert labels.tolist() == [0, 1, 0, 2]
     groups_read.clear()
