@@ -97,7 +97,7 @@ def curves(runs: Mapping[str, Curve], ylabel: str, xlabel: str = "round", log: b
     values = [y for line in lines for _, y in line]
     if log and min(values, default=0) > 0:
         _scale_log(axes)
-    names = {str(i): html.escape(name) for name, (i, _) in shown.items()}
+    names = {str(i): html.escape(printable(name)) for name, (i, _) in shown.items()}
     svg = _svg(figure, f"{ylabel} by {xlabel}")
     return re.sub(r'<g id="[^"]*-run([0-9]+)-[a-z]+">', lambda m: f"{m[0]}<title>{names[m[1]]}</title>", svg)
 
