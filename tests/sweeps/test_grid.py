@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from tiny_sweep import ALONE, LINE, TINY, sweep_file
+from tools import sweep_tables
 
+from fdiff.comm import SoloCommunicator
 from fdiff.errors import UserError
-from fdiff.sweeps import as_text, costs_table, find, read
+from fdiff.runtime.signals import Stop
+from fdiff.sweeps import as_text, bring_to_end, costs_table, find, read, result
 from fdiff.sweeps.grid import SHIPPED
 
 
@@ -159,3 +163,30 @@ def test_rounds_that_are_saved_can_be_scored(tmp_path):
 def test_a_name_that_does_not_exist_is_answered_with_those_that_do():
     with pytest.raises(UserError, match="'none' is no file .* mini-methods"):
         find("none")
+
+
+def test_the_readmes_tables_are_what_the_results_say():
+    rows = sweep_tables.read_results()
+    made, text = sweep_tables.tables(rows), sweep_tables.README.read_text()
+    assert {row["sweep"] for row in rows} == made.keys()
+    assert all(f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text for name, table in made.items())
+
+
+@pytest.mark.slow
+@pytest.mark.rare  # a minute for each of the five
+@pytest.mark.parametrize("name", sweep_tables.SWEEPS)
+def test_the_first_cell_of_a_small_file_trains_and_is_scored(name, tmp_path, monkeypatch):
+    """On fewer images, and in fewer rounds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cell, *_ = (sweep := read(find(name), tmp_path, ALONE)).cells
+    clients = cell.config.federation.clients
+    less = dataclasses.replace(
+        cell.config,
+        federation=dataclasses.replace(cell.config.federation, rounds=1, local_epochs=1),
+        data=dataclasses.replace(cell.config.data, limit=100 * clients, test_limit=200),
+    )
+    score = dataclasses.replace(sweep.score, total_images=100 * clients, steps=2)
+    small = dataclasses.replace(sweep, cells=[dataclasses.replace(cell, config=less)], score=score)
+    bring_to_end(small, small.cells[0], SoloCommunicator(), torch.device("cpu"), None, Stop())
+    [line] = result(small, small.cells[0])
+    assert line.score > 0 and line.round == 1

@@ -79,6 +79,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     made["mini-epochs"] = _crossed(mini["mini-epochs"], ("clients",), "epochs")
     made["mini-baseline"] = _crossed(mini["mini-baseline"], ("clients",), "round")
     made["references"] = _crossed([row for row in rows if row["sweep"] == "references"], ("method",), "images")
+    made["references"] = made["references"].replace("| method |", "| images |")
     return {name: table for name, table in made.items() if table}
 
 
