@@ -145,7 +145,7 @@ def set_up_rank(
     """
     opened, split, placement = find_clients(config, comm, device, place)
     config, hosted = opened.config, hosted_at(placement, comm.rank)
-    weights = _initial(config, comm, resume)
+    weights = initial_weights(config, comm, resume)
     shards, labels = open_shards(opened, comm, split, hosted, device)
     setting = _setting(comm, device, dict(zip(hosted, shards, strict=True)), labels)
     images = {row["client"]: row["images"] for row in setting["clients"]}
@@ -190,7 +190,7 @@ def _setting(
     }
 
 
-def _initial(config: Config, comm: Communicator, resume: bool) -> Weights | None:
+def initial_weights(config: Config, comm: Communicator, resume: bool) -> Weights | None:
     """The weights of `model.init`, on every rank; None where they are those of the seed, or a checkpoint has them."""
     if config.model.init is None:
         return None

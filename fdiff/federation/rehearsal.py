@@ -1,4 +1,4 @@
-"""What a training would refuse, found out without one: nothing is written, and no memory taken for a model."""
+"""What a training would refuse, found out without one: nothing is written, and nothing kept in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdiff.comm import Communicator, exchange_json
 from fdiff.config import Config
 from fdiff.errors import UserError
 from fdiff.federation import snapshot
-from fdiff.federation.assemble import find_clients
+from fdiff.federation.assemble import find_clients, initial_weights
 from fdiff.federation.federator import LOCK, check_folder
 from fdiff.federation.forecast import idle_note
 from fdiff.federation.voting import together
@@ -25,6 +25,7 @@ def rehearse(config: Config, comm: Communicator, device: torch.device, resume: b
     """
     together(comm, lambda: _check_folder(config, resume) if comm.rank == 0 else None)
     opened, split, placement = find_clients(config, comm, device)
+    initial_weights(opened.config, comm, resume)
     sizes = [len(source) for source in opened.sources] if split is None else [len(rows) for rows in split]
     if split is None:
         sizes = [size for of_rank in exchange_json(comm, sizes) for size in of_rank]

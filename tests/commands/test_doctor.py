@@ -196,6 +196,7 @@ def test_it_refuses_what_train_refuses(tmp_path):
         ("--run.dir", "exists", "--resume"),
         ("--data.limit", "3"),
         ("--model.classes", "3"),
+        ("--model.init", "exists/thesis.tex"),
         ("--optim.batch_size", "1000000000"),
     ]
     for flags in cases:
