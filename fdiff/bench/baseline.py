@@ -52,11 +52,17 @@ def as_plain(config: Config) -> Config:
     return replace(unconditional(config), optim=optim, data=replace(config.data, flip=False))
 
 
+def check_plain(config: Config) -> None:
+    """UserError for a model of which nobody has written the plain loop."""
+    if config.model.kind != "unet":
+        raise UserError(f"model.kind: the loop that everybody writes is there for unet, not for {config.model.kind}")
+
+
 def plain_unet(config: Config) -> UNet:
     """The model with the same initial weights and without our layout and our order of products."""
+    check_plain(config)
     model = build_model(config)
-    if not isinstance(model, UNet):
-        raise UserError(f"model.kind: the loop that everybody writes is there for unet, not for {config.model.kind}")
+    assert isinstance(model, UNet)
     model.encoder.forward = MethodType(_encode, model.encoder)
     for module in model.modules():
         if isinstance(module, LinearAttention):
@@ -149,6 +155,7 @@ class Baseline:
     """A `Loop` in a process of its own, with as many threads and the same images (n, C, S, S); a context manager."""
 
     def __init__(self, config: Config, device: torch.device, images: np.ndarray) -> None:
+        check_plain(config)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, config, device, images, torch.get_num_threads())

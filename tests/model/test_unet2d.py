@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fdiff import config_unet2d
+from fdiff.bench.baseline import Baseline
 from fdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, RuntimeConfig, from_dict, to_dict
 from fdiff.config_file import apply_config_file, as_yaml, options_in
 from fdiff.errors import UserError
@@ -195,6 +197,11 @@ def test_a_step_learns_in_every_precision(precision):
     losses = [float(trainer.step(images, labels)) for _ in range(12)]
     assert sum(losses[-4:]) < sum(losses[:4]) and (trainer.buckets.flat != before).float().mean() > 0.9
     assert trainer.buckets.flat.dtype == (torch.float64 if precision == "float64" else torch.float32)
+
+
+def test_there_is_no_plain_loop_of_it_to_measure_against():
+    with pytest.raises(UserError, match="the loop that everybody writes is there for unet, not for unet2d"):
+        Baseline(config_of(), torch.device("cpu"), np.zeros((1, 1, 8, 8), np.uint8))
 
 
 def test_a_layout_is_refused():
