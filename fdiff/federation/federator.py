@@ -22,12 +22,12 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fdiff import __version__, checkpoint
 from fdiff.config import Config
@@ -36,6 +36,7 @@ from fdiff.data import as_pictures, needs_array, save_array, save_grid
 from fdiff.errors import UserError
 from fdiff.federation import logs
 from fdiff.federation.logs import Row
+from fdiff.federation.progress import Advance, Forecast, line_said, progress
 from fdiff.federation.run_files import read_setting
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Federator:
         self.rows: dict[str, list[Row]] = {}
         """The rows of the logs so far."""
         self._events: Any = None
+        self._left = Forecast(config.federation.rounds)
 
     def made_by(self, job: str | None) -> bool:
         """Whether this job made the run folder itself, before its launcher started it again: then it is to go on.
@@ -120,10 +122,17 @@ class Federator:
         logs.write_atomically(file, f"{count}\n")
         return count
 
-    def bar(self, round: int, steps: int) -> tqdm:
-        """A progress bar over this rank's optimizer steps of a round, where a person watches."""
-        title = f"round {round}/{self.config.federation.rounds}"
-        return tqdm(total=steps, desc=title, unit="step", leave=False, disable=None)
+    def announce(self, lines: Sequence[str], last_round: int) -> None:
+        """Say the header of a run that goes on after this round."""
+        for line in lines:
+            log.info("%s", line)
+        line_said()
+        self._left.begin(last_round)
+
+    def bar(self, round: int, steps: int) -> AbstractContextManager[Advance]:
+        """How far this rank is with its optimizer steps of a round, to be told of each: see `progress`."""
+        left = f" ({self._left.text(round - 1)} left)" if self._left.known else ""
+        return progress(f"round {round}/{self.config.federation.rounds}{left}", steps, "step", shown=True)
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Append a round and its clients to the logs, and say it in one line. On the disk they are after `sync`."""
@@ -134,15 +143,21 @@ class Federator:
             self._events.add_scalar(f"round/{name}", metrics[name], metrics["round"])
         for client in clients:
             self._events.add_scalar(f"client-{client['client']:04d}/loss", client["loss"], metrics["round"])
+        number, rounds = metrics["round"], self.config.federation.rounds
+        first, left = not self._left.known, self._left.after(number)
         log.info(
-            "round %d/%d  loss %.4f  %.1f s  %.0f images/s  sent %.1f MB",
-            metrics["round"],
-            self.config.federation.rounds,
+            "round %d/%d  loss %.4f  %.1f s  %.0f images/s  sent %.1f MB%s",
+            number,
+            rounds,
             metrics["loss"],
             sum(metrics["seconds"].values()),
             metrics["images_per_s"],
             metrics["wire_bytes"] / 1e6,
+            f"  {left} left" if number < rounds else "",
         )
+        if first and number < rounds:
+            log.info("end: about %s, if the other rounds take as long as the first", self._left.end(number))
+        line_said()
 
     def sync(self) -> None:
         """Have the logs on the disk: before the checkpoint of a round becomes visible its rows must be there."""
@@ -187,9 +202,12 @@ class NoFederator:
     def begin(self, last_round: int, setting: Mapping[str, Any], saved: Mapping[str, Sequence[Row]] | None) -> None:
         """Nothing."""
 
-    def bar(self, round: int, steps: int) -> tqdm:
+    def announce(self, lines: Sequence[str], last_round: int) -> None:
+        """Nothing."""
+
+    def bar(self, round: int, steps: int) -> AbstractContextManager[Advance]:
         """An invisible one."""
-        return tqdm(disable=True)
+        return progress("", steps, "step", shown=False)
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Nothing."""

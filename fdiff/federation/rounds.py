@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -21,8 +20,10 @@ from fdiff.federation.commits import Commits
 from fdiff.federation.dropped_clients import agree_on_dropped, train_or_undo
 from fdiff.federation.federator import federator_on
 from fdiff.federation.forecast import averages_ema, idle_note, placement_for
+from fdiff.federation.header import header_of
 from fdiff.federation.moving_average import average_ema
 from fdiff.federation.partial_round import keep_clients, take_up_clients
+from fdiff.federation.progress import Advance
 from fdiff.federation.record import Round, rows_of
 from fdiff.federation.same_code import check_same_code, checksum_of
 from fdiff.federation.sampling import draw_grid
@@ -35,16 +36,23 @@ FRUITLESS = 2  # so many starts in a row that came to nothing, and a job is not 
 
 
 def run(
-    config: Config, comm: Communicator, device: torch.device, resume: bool = False, stop: Stop | None = None
+    config: Config,
+    comm: Communicator,
+    device: torch.device,
+    resume: bool = False,
+    stop: Stop | None = None,
+    brief: bool = False,
 ) -> Config:
     """Train the federation on all ranks of `comm`, each of which calls this; returns what was configured or inferred.
+
+    Rank 0 says what it is about to do; `brief`, in one line.
 
     UserError for a bad request, RunError for a failed run, Interrupted where `stop` was asked for, when the last
     complete round is committed: the same on every rank.
     """
     federation = Federation(config, comm, device, stop or Stop())
     try:
-        for number in range(federation.start(resume) + 1, config.federation.rounds + 1):
+        for number in range(federation.start(resume, brief) + 1, config.federation.rounds + 1):
             federation.round(number)
         federation.commits.finish()
     except Interrupted as interruption:
@@ -107,11 +115,11 @@ class Federation:
                 if plan.round == self._began_with + 1:
                     take_up_clients(round, self.rank)
             waiting = [client for client in host.clients if client.index in plan.selected and not round.is_done(client)]
-            with self.federator.bar(plan.round, host.trainer.steps(waiting)) as bar:
+            with self.federator.bar(plan.round, host.trainer.steps(waiting)) as advance:
                 for client in waiting:
                     if not self.votes.error:
-                        self._train_client(client, round, bar.update)
-            self.votes.vote()
+                        self._train_client(client, round, advance)
+                self.votes.vote()
             round.dropped = agree_on_dropped(self.comm, round) if self.rank.drops else {}
 
     def average(self, round: Round) -> None:
@@ -153,12 +161,12 @@ class Federation:
 
     # --- one client
 
-    def _train_client(self, client: Client, round: Round, advance: Callable[[], object]) -> None:
+    def _train_client(self, client: Client, round: Round, advance: Advance) -> None:
         """Train one client from the shared parts as they are; what it reports is added to the averages."""
         host, number = self.rank.host, round.plan.round
 
         def tick() -> None:
-            advance()
+            advance(1)
             self.stop.check()
 
         with self.votes.keeping_errors(f"client {client.index}, round {number}"):
@@ -175,7 +183,7 @@ class Federation:
 
     # --- start and end
 
-    def start(self, resume: bool) -> int:
+    def start(self, resume: bool, brief: bool = False) -> int:
         """Open the run folder, bring the clients up, go back to the newest checkpoint; returns the last round done."""
         restarted = any(exchange_json(self.comm, launcher.restarts() > 0))  # not every agent of torchrun counts all
         job = launcher.job_name(self.comm.outlives) if restarted else None
@@ -188,8 +196,8 @@ class Federation:
         self._began_with = self._last
         check_same_code(self.rank, self._last)
         together(self.comm, lambda: self.federator.begin(self._last, self.rank.setting, logs), "run folder")
-        for note in self.rank.opened.notes:
-            log.info("data: %s", note)
+        header = on_rank_0(self.comm, lambda: header_of(self.rank, self._last))
+        self.federator.announce(header[:1] if brief else header, self._last)
         if idle := idle_note(self.config, self.rank.placement, self.rank.images):
             log.info(idle)
         return self._last
@@ -225,12 +233,7 @@ class Federation:
     def _draw_grid(self, round: Round) -> torch.Tensor | None:
         """This rank's share of the grid. A stop gives up the grid and not the round, which is complete without it."""
         try:
-            return draw_grid(self.rank, self.votes, round.plan.round, round.ema, self._until_stopped)
+            return draw_grid(self.rank, self.votes, round.plan.round, round.ema, self.stop.check)
         except Interrupted:
             log.warning("round %d: told to stop, so there is no sample grid", round.plan.round)
             return None
-
-    def _until_stopped(self, steps: Iterable[int]) -> Iterator[int]:
-        for step in steps:
-            self.stop.check()
-            yield step

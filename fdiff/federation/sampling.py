@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fdiff.comm import Communicator, agree, gather
 from fdiff.config import Config
 from fdiff.errors import RunError, UserError, one_line
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.client import Trainer
+from fdiff.federation.progress import progress
 from fdiff.federation.sample_batches import Batch, batches, grid_batches
 from fdiff.federation.voting import Votes
 from fdiff.model import diffusion
@@ -83,21 +83,20 @@ def progress_bar(
 ) -> Iterator[Callable[[Batch], Progress]]:
     """Inside the block: the `progress` of each of this rank's batches, which calls `check` before every step.
 
-    On rank 0, where a person watches, a bar shows images/s; a step of a batch counts as its share of the images.
+    On rank 0 a bar or lines show how far its images are; a step of a batch counts as its share of the images.
     """
     images = sum(batch.last - batch.first for batch in mine)
-    hidden = None if comm.rank == 0 else True  # None: where stderr is no terminal
-    with tqdm(total=images, desc=title, unit=" images", bar_format=BAR, leave=False, disable=hidden) as bar:
+    with progress(title, images, " image", comm.rank == 0, BAR) as advance:
 
         def progress_of(batch: Batch) -> Progress:
-            def progress(steps: Iterable[int]) -> Iterator[int]:
+            def counted(steps: Iterable[int]) -> Iterator[int]:
                 steps = list(steps)
                 for step in steps:
                     check()
                     yield step
-                    bar.update((batch.last - batch.first) / len(steps))
+                    advance((batch.last - batch.first) / len(steps))
 
-            return progress
+            return counted
 
         yield progress_of
 
@@ -135,18 +134,22 @@ def empty_images(config: Config, device: torch.device) -> Tensor:
     return torch.empty((0, *data.shape), dtype=dtype, device=device)
 
 
-def draw_grid(rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, progress: Progress) -> Tensor | None:
+def draw_grid(
+    rank: RankSetup, votes: Votes, round: int, ema: Tensor | None, check: Callable[[], None] = lambda: None
+) -> Tensor | None:
     """On rank 0 a round's sample grid, of the global model, or a row of each client where it keeps private parts.
 
-    Every rank calls it and draws its share, with `ema` (n,) from the moving averages. (m, C, S, S).
+    Every rank calls it and draws its share, with `ema` (n,) from the moving averages, and calls `check` before every
+    step. (m, C, S, S).
     """
     config, comm = rank.config, rank.comm
     cut = grid_batches(config, rank.keeps_private_parts, rank.placement)
-    drawn = []
-    for batch in (b for b in cut if b.rank == comm.rank):
-        with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):
-            drawn.append(draw(rank.host.trainer, config, batch, round, progress))
-    votes.vote()
+    mine, drawn = [batch for batch in cut if batch.rank == comm.rank], []
+    with progress_bar(comm, mine, f"round {round}, samples", check) as progress_of:
+        for batch in mine:
+            with votes.keeping_errors("sampling"), rank.host.using_parameters(rank.host.parameters(batch.model, ema)):
+                drawn.append(draw(rank.host.trainer, config, batch, round, progress_of(batch)))
+        votes.vote()
     return gather_images(comm, cut, drawn, empty_images(config, rank.host.trainer.device))
 
 

@@ -43,7 +43,7 @@ class Score:
     text: str
 
 
-def overview(runs: Sequence[Run], savings: Sequence[float]) -> list[Fact]:
+def overview(runs: Sequence[Run], savings: Sequence[float | None]) -> list[Fact]:
     """What each run is, what came of it, and what it cost; `savings` are the shares of N against FULL."""
     known = _known(runs)
     return [
@@ -63,7 +63,7 @@ def scores(runs: Sequence[Run]) -> list[Fact]:
     return _known(runs)
 
 
-def _costs(runs: Sequence[Run], savings: Sequence[float]) -> Iterator[Fact]:
+def _costs(runs: Sequence[Run], savings: Sequence[float | None]) -> Iterator[Fact]:
     def compared(name: str, values: Sequence[float | None], show: Callable[..., str], better: Better = min) -> Fact:
         return _compared(name, values, [NONE if value is None else show(value) for value in values], better)
 

@@ -35,7 +35,7 @@ def render(runs: Sequence[Run], root: Path | None = None) -> str:
         loader=PackageLoader("fdiff.report"), autoescape=True, undefined=StrictUndefined, finalize=_shown
     )
     costs = [_costs(run) for run in runs]
-    savings = [of_run[run.config.method]["saving"] for run, of_run in zip(runs, costs, strict=True)]
+    savings = [of_run.get(run.config.method, {}).get("saving") for run, of_run in zip(runs, costs, strict=True)]
     differ, same = facts.fields(runs)
     splits = _grouped(runs, [_split(run) for run in runs])
     return environment.get_template("page.html.j2").render(

@@ -48,7 +48,7 @@ def bring_to_end(
     # By the checkpoints, too: a round is written down before its checkpoint is there. A log with gaps is made whole.
     if not written or on_rank_0(comm, lambda: _last_round(config)) < config.federation.rounds:
         begun = on_rank_0(comm, config.run_dir.exists)
-        federation.run(config, comm, device, resume=begun, stop=stop)
+        federation.run(config, comm, device, resume=begun, stop=stop, brief=True)
     if lacking := on_rank_0(comm, lambda: missing(sweep, cell)):
         _score(sweep.score, lacking, config, comm, device, cache, stop)
     on_rank_0(comm, lambda: len(result(sweep, cell)))

@@ -50,8 +50,11 @@ def test_the_readmes_own_line_trains_what_is_in_the_folder(tmp_path: Path) -> No
     folder_of(tmp_path / "images", 12, 12, 12)
     save(tmp_path / "images" / "train" / "03.png", pixels(12, 12, 3))
     words = ["train", *SMALL, *ONE_ROUND, "--run.dir", "run", "--data.dataset", "folder", "--data.root", "images"]
-    for done in on_ranks(2, *words, cwd=tmp_path):
-        done.check()
+    first, second = (done.check().err for done in on_ranks(2, *words, cwd=tmp_path))
+    header = [line.split(":")[0] for line in first.splitlines()]
+    assert header[:8] == ["run", "ranks", "data", "clients", "model", "method", "round", "memory"]
+    assert "run: run, 1 round\nranks: 2 (2 × CPU, 1 threads on " in first and "clients: 2, each with 6 images" in first
+    assert second == ""
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert (kept["image_side"], kept["channels"]) == (12, 3) and "changed" not in kept
     said = "".join(done.err for done in on_ranks(1, *words, "--resume", cwd=tmp_path))
@@ -229,7 +232,7 @@ def test_a_run_goes_on_with_other_images_only_when_told_and_once(stopped) -> Non
     fdiff(*told, "--data.changed", "true", cwd=folder).check()
     assert arrays(folder / "run", 3) and "changed" not in (folder / "run" / "config.yaml").read_text()
     again = fdiff(*told, "--federation.rounds", 4, cwd=folder).check()  # these are its images now
-    assert "round 4/4" in again.err
+    assert "run: run goes on with round 4 of 4\n" in again.err and "round 4/4" in again.err
 
 
 def test_a_checkpoint_without_fingerprints_is_of_a_time_when_images_were_taken_otherwise(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _rounds(federation: Federation, record: Record) -> None:
 
 
 def _grid(federation: Federation, record: Record) -> None:
-    images = draw_grid(federation.rank, federation.votes, 1, None, iter)
+    images = draw_grid(federation.rank, federation.votes, 1, None)
     assert images is not None
     save_grid(record.out / "grid.png", images, federation.config.sample.images)
     record.add("grid")

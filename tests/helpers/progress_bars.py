@@ -7,7 +7,7 @@ import io
 import pytest
 from tqdm import tqdm
 
-from fdiff.federation import sampling
+from fdiff.federation import progress
 
 
 class Terminal(io.StringIO):
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 
 def recorded(patch: pytest.MonkeyPatch) -> list[tqdm]:
-    """The bars over sampling that will be made, each on a `terminal` of its own."""
+    """The bars that will be made, each on a `terminal` of its own."""
     bars: list[tqdm] = []
 
     class Recorded(tqdm):
@@ -27,5 +27,5 @@ def recorded(patch: pytest.MonkeyPatch) -> list[tqdm]:
             super().__init__(**options, file=self.terminal, mininterval=0, miniters=0)
             bars.append(self)
 
-    patch.setattr(sampling, "tqdm", Recorded)
+    patch.setattr(progress, "tqdm", Recorded)
     return bars
