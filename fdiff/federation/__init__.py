@@ -9,6 +9,7 @@ from __future__ import annotations
 from fdiff.federation.assemble import check_ranks
 from fdiff.federation.client import Client, Report, Trainer
 from fdiff.federation.duration import duration
+from fdiff.federation.events import score_tag, write_scores
 from fdiff.federation.export import check_choice, load_model, save_model
 from fdiff.federation.federator import Federator
 from fdiff.federation.forecast import (
