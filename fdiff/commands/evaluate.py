@@ -16,7 +16,16 @@ from fdiff import checkpoint as checkpoints
 from fdiff.comm import Communicator
 from fdiff.config import RuntimeConfig
 from fdiff.errors import shown
-from fdiff.evaluation import Row, Scoring, ScoringRequest, described, find_warnings, sampling_config, summaries
+from fdiff.evaluation import (
+    Row,
+    Scoring,
+    ScoringRequest,
+    described,
+    find_warnings,
+    refresh_events,
+    sampling_config,
+    summaries,
+)
 from fdiff.federation import Saved, append_jsonl, on_rank_0, open_together, together
 from fdiff.runtime import cache_folder
 
@@ -80,6 +89,8 @@ def run(
                 rows += done
         rows.sort(key=lambda row: (row["ema"], row["client"] or 0))
         together(comm, lambda one=one, rows=rows: _tell(one, rows, json) if comm.rank == 0 else None)
+    if (run_dir := _run_of(saved[-1])) and comm.rank == 0:
+        refresh_events(run_dir)
 
 
 def _open(comm: Communicator, path: Path, all_rounds: bool) -> list[Saved]:

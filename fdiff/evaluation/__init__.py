@@ -5,6 +5,7 @@ Open `scoring.py` first: all ranks draw images, rank 0 scores them. `metrics.py`
 
 from __future__ import annotations
 
+from fdiff.evaluation.events import refresh_events
 from fdiff.evaluation.extractors import DISTANCES, INCEPTION_FILE, default_extractor, find_inception_weights
 from fdiff.evaluation.scoring import (
     Model,

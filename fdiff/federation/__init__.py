@@ -9,6 +9,7 @@ from __future__ import annotations
 from fdiff.federation.assemble import check_ranks
 from fdiff.federation.client import Client, Report, Trainer
 from fdiff.federation.duration import duration
+from fdiff.federation.events import score_tag, write_scores
 from fdiff.federation.export import choose_model, load_model, model_name, model_of, save_model
 from fdiff.federation.export_diffusers import save_pipeline
 from fdiff.federation.federator import Federator, check_folder

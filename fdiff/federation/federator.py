@@ -6,7 +6,7 @@
     RUN/rounds.jsonl       a line per round
     RUN/scores.jsonl       a line per scored model, written by `fdiff evaluate`
     RUN/samples/           a PNG grid per sampled round, and a .npy of images that a PNG cannot hold
-    RUN/tensorboard/       the same curves as TensorBoard events
+    RUN/tensorboard/       the same as TensorBoard events, see `events`
     RUN/checkpoints/       see `fdiff.checkpoint`
 
 On the other ranks a `NoFederator` takes the same calls and does nothing, so that the round loop has no rank in it.
@@ -35,6 +35,7 @@ from fdiff.config_file import as_yaml
 from fdiff.data import as_pictures, needs_array, save_array, save_grid
 from fdiff.errors import UserError
 from fdiff.federation import logs
+from fdiff.federation.events import Events
 from fdiff.federation.logs import Row
 from fdiff.federation.progress import Advance, Forecast, line_said, progress
 from fdiff.federation.run_files import read_setting
@@ -55,7 +56,7 @@ class Federator:
         self.config, self.dir = config, config.run_dir
         self.rows: dict[str, list[Row]] = {}
         """The rows of the logs so far."""
-        self._events: Any = None
+        self._events: Events | None = None
         self._left = Forecast(config.federation.rounds)
 
     def made_by(self, job: str | None) -> bool:
@@ -107,9 +108,7 @@ class Federator:
         for grid in [*samples.glob("round-*.png"), *samples.glob("round-*.npy")]:
             if int(grid.stem.removeprefix("round-")) > last_round:
                 grid.unlink()
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
-
-        self._events = SummaryWriter(str(self.dir / "tensorboard"), purge_step=last_round + 1)
+        self._events = Events(self.dir, self.config, last_round)
 
     def count_start(self, fruitful: bool) -> int:
         """Note whether this start came to anything; how many in a row now have not."""
@@ -132,17 +131,15 @@ class Federator:
     def bar(self, round: int, steps: int) -> AbstractContextManager[Advance]:
         """How far this rank is with its optimizer steps of a round, to be told of each: see `progress`."""
         left = f" ({self._left.text(round - 1)} left)" if self._left.known else ""
-        return progress(f"round {round}/{self.config.federation.rounds}{left}", steps, "step", shown=True)
+        return progress(f"round {round}/{self.config.federation.rounds}{left}", steps, "steps", shown=True)
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Append a round and its clients to the logs, and say it in one line. On the disk they are after `sync`."""
         for name, rows in (("clients", list(clients)), ("rounds", [metrics])):
             logs.append_jsonl(self.dir / f"{name}.jsonl", rows, sync=False)
             self.rows[name] += rows
-        for name in ("loss", "images_per_s", "wire_bytes", "communicated_parameters"):
-            self._events.add_scalar(f"round/{name}", metrics[name], metrics["round"])
-        for client in clients:
-            self._events.add_scalar(f"client-{client['client']:04d}/loss", client["loss"], metrics["round"])
+        assert self._events is not None
+        self._events.round(metrics, clients)
         number, rounds = metrics["round"], self.config.federation.rounds
         first, left = not self._left.known, self._left.after(number)
         log.info(
@@ -174,7 +171,8 @@ class Federator:
             save_array(self.grid_path(round).with_suffix(".npy"), images)
         pictures = as_pictures(images, limits)
         save_grid(self.grid_path(round), pictures, columns)
-        self._events.add_images("samples", pictures, round)
+        assert self._events is not None
+        self._events.images(pictures, round)
 
     def grid_path(self, round: int) -> Path:
         """Where a round's grid is."""
@@ -207,7 +205,7 @@ class NoFederator:
 
     def bar(self, round: int, steps: int) -> AbstractContextManager[Advance]:
         """An invisible one."""
-        return progress("", steps, "step", shown=False)
+        return progress("", steps, "steps", shown=False)
 
     def record(self, metrics: dict[str, Any], clients: Sequence[dict[str, Any]]) -> None:
         """Nothing."""

@@ -29,23 +29,25 @@ _last_line = time.monotonic()  # over all pieces of work
 def progress(title: str, total: float, unit: str, shown: bool, bar_format: str | None = None) -> Iterator[Advance]:
     """Inside the block: a function to be told of each piece that is done of `total`. Nothing is said unless `shown`.
 
+    `unit` is what the pieces are called, as in `5 steps`.
+
     While the pieces are done and the block goes on, others are waited for.
     """
     hidden = None if shown else True  # None: where stderr is no terminal
-    with tqdm(total=total, desc=title, unit=unit, bar_format=bar_format, leave=False, disable=hidden) as bar:
+    with tqdm(total=total, desc=title, unit=f" {unit}", bar_format=bar_format, leave=False, disable=hidden) as bar:
         if not (shown and bar.disable):
             yield bar.update
             return
-        with _lines(title, total, unit.strip()) as advance:
+        with _lines(title, total, unit) as advance:
             yield advance
 
 
 def told(what: str, unit: str, done: float, total: float, seconds: float) -> str:
     """The line after so many seconds, in which `done` of `total` were done."""
     if done >= total:
-        return f"{what}: all {total:,.0f} {unit}s done here, other ranks may still be at theirs"
+        return f"{what}: all {total:,.0f} {unit} done here, other ranks may still be at theirs"
     left = f", {duration(seconds / done * (total - done))} left of them" if done else ""
-    return f"{what}: {done:,.0f} of {total:,.0f} {unit}s{left}"
+    return f"{what}: {done:,.0f} of {total:,.0f} {unit}{left}"
 
 
 class Forecast:

@@ -86,7 +86,7 @@ def progress_bar(
     On rank 0 a bar or lines show how far its images are; a step of a batch counts as its share of the images.
     """
     images = sum(batch.last - batch.first for batch in mine)
-    with progress(title, images, " image", comm.rank == 0, BAR) as advance:
+    with progress(title, images, "images", comm.rank == 0, BAR) as advance:
 
         def progress_of(batch: Batch) -> Progress:
             def counted(steps: Iterable[int]) -> Iterator[int]:

@@ -14,7 +14,7 @@ from fdiff import checkpoint, federation
 from fdiff.comm import Communicator
 from fdiff.config import Config, DataConfig, stages_of
 from fdiff.errors import UserError
-from fdiff.evaluation import Model, Scoring, ScoringRequest
+from fdiff.evaluation import Model, Scoring, ScoringRequest, refresh_events
 from fdiff.federation import (
     append_jsonl,
     check_ranks,
@@ -135,3 +135,5 @@ def _score(
         saved = together(comm, lambda path=path: open_checkpoint(path))
         for rows in scoring.score(saved, ema, local=wanted.is_local(config), models=models, check=stop.check):
             together(comm, lambda rows=rows: append_jsonl(config.run_dir / "scores.jsonl", rows) if rows else None)
+    if comm.rank == 0:
+        refresh_events(config.run_dir)

@@ -77,7 +77,7 @@ def test_a_batch_log_has_a_line_each_while_even_where_this_rank_waits(monkeypatc
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(progress, "EVERY_S", 0.05)
     monkeypatch.setattr(progress, "LEAST_S", 0.0)
-    with progress.progress("round 1/3", 4, "step", shown=True) as advance:
+    with progress.progress("round 1/3", 4, "steps", shown=True) as advance:
         advance(2)
         time.sleep(0.4)
         advance(2)
@@ -95,11 +95,11 @@ def test_no_line_comes_where_others_have_come_or_another_rank_says_it(monkeypatc
     monkeypatch.setattr(progress, "EVERY_S", 0.3)
     monkeypatch.setattr(progress, "LEAST_S", 0.0)
     progress.line_said()
-    with progress.progress("round 1/3", 4, "step", shown=True):
+    with progress.progress("round 1/3", 4, "steps", shown=True):
         for _ in range(10):
             time.sleep(0.1)
             progress.line_said()
-    with progress.progress("round 1/3", 4, "step", shown=False) as advance:
+    with progress.progress("round 1/3", 4, "steps", shown=False) as advance:
         advance(1)
         time.sleep(0.5)
     assert not caplog.records
@@ -108,7 +108,7 @@ def test_no_line_comes_where_others_have_come_or_another_rank_says_it(monkeypatc
 def test_a_person_at_a_terminal_has_a_bar_and_no_lines(monkeypatch, caplog):
     bars = recorded(monkeypatch)
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    with progress.progress("round 1/3 (2 h left)", 4, "step", shown=True) as advance:
+    with progress.progress("round 1/3 (2 h left)", 4, "steps", shown=True) as advance:
         advance(3)
     (bar,) = bars
     assert bar.n == 3 and "round 1/3 (2 h left)" in bar.terminal.getvalue() and not caplog.records
@@ -119,7 +119,7 @@ def test_a_person_at_a_terminal_has_a_bar_and_no_lines(monkeypatch, caplog):
     [(0, 90, "x: 0 of 1,200 steps"), (300, 90, "x: 300 of 1,200 steps, 4 min 30 s left of them")],
 )
 def test_a_line_says_the_time_left_once_it_can_be_known(done, seconds, said):
-    assert progress.told("x", "step", done, 1200, seconds) == said
+    assert progress.told("x", "steps", done, 1200, seconds) == said
 
 
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(1, 50), st.floats(0.1, 1e4))

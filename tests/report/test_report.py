@@ -12,6 +12,7 @@ import pytest
 from browser import browser
 from jobs import TINY, fdiff, in_turn, rows
 from run_folders import write_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fdiff.errors import UserError
 from fdiff.federation.logs import append_jsonl
@@ -177,6 +178,22 @@ def test_the_scoring_that_was_written_last_is_shown_of_each_extractor(runs, tmp_
     assert 'aria-label="FID (lower is better) by round"' in text
     assert 'aria-label="KID by inception (lower is better) by round"' in text
     assert "<th>missing classes by fmnist-cnn</th><td>3, 7</td>" in text
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_scores_of_the_log_and_the_bytes_of_each_round(runs):
+    for name in ("full", "<b>udec"):
+        run, events = read_run(runs / name), EventAccumulator(str(runs / name / "tensorboard")).Reload()
+
+        def points(tag, events=events):
+            return [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(tag)]
+
+        assert run.averaged("fd_fmnist", "fmnist-cnn", False) == points("score-fmnist-cnn/fd_fmnist")
+        assert [(row["round"], row["bytes_by_purpose"]["pictures"]) for row in run.rounds] == points("bytes/pictures")
+        assert [(row["round"], row["seconds"]["train"]) for row in run.rounds] == points("seconds/train")
+        tags = events.Tags()["scalars"]
+        assert ("score-fmnist-cnn-average/fd_fmnist" in tags) == (name == "full")
+        assert ("score-fmnist-cnn-client-0001/fd_fmnist" in tags) == (name != "full")
 
 
 @pytest.mark.slow
