@@ -131,7 +131,7 @@ def infer_shape(data: DataConfig, found: Findings, stages: int) -> DataConfig:
     if side != min(found.largest or (0,)):
         reason = "have no side in common"
     elif side % factor:
-        reason = f"cannot be halved evenly by the {stages} stages of model.dim_mults"
+        reason = f"cannot be halved evenly by the {stages} stages of the model"
     if reason:
         example = max(factor, min(side, 64) // factor * factor)
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fdiff.config import Config, flat, to_dict
+from fdiff.errors import printable
 from fdiff.federation.logs import Row
 from fdiff.federation.snapshot import MAY_CHANGE
 
@@ -59,7 +60,7 @@ class Events:
 def hyper_parameters(config: Config) -> dict[str, bool | float | int | str]:
     """The fields that a resumed run may not change, by dotted name, in types that TensorBoard's table has."""
     fields = {name: value for name, value in flat(to_dict(config)).items() if not name.startswith(MAY_CHANGE)}
-    return {name: value if isinstance(value, (bool, float, int, str)) else str(value) for name, value in fields.items()}
+    return {name: v if isinstance(v, (bool, float, int)) else printable(str(v)) for name, v in fields.items()}
 
 
 def score_tag(extractor: str, name: str, *kinds: str) -> str:
