@@ -8,6 +8,7 @@ images = run.sample(16)
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from fdiff import federation, registry
 from fdiff.checkpoint import generations
 from fdiff.comm import SoloCommunicator, connect
-from fdiff.config import Config, flat, from_dict, to_dict
+from fdiff.config import Config, RuntimeConfig, flat, from_dict, to_dict
 from fdiff.config_file import as_yaml, lay_over
-from fdiff.errors import RunError, UserError
+from fdiff.errors import RunError, UserError, first_line
 from fdiff.federation import Saved, Trainer, sampling
 from fdiff.presets import preset as named
 from fdiff.runtime import Stop, die_with_parent, heeding_signals, launcher, set_up
@@ -45,7 +46,7 @@ def load_config(preset: str | None = None, **fields: Any) -> Config:
     base = to_dict(named(preset) if preset is not None else Config())
     lay_over(base, _nested(fields))
     config = from_dict(base)
-    _allow(fields)
+    _allow(flat(_nested(fields)))
     return config
 
 
@@ -59,7 +60,8 @@ def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(group, {})
             if not isinstance(inner, dict):
                 raise UserError(f"{name}: {name.removesuffix(f'.{last}')} has no fields; give each field once")
-        inner[last] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        inner[last] = _nested(value) if isinstance(value, Mapping) else value
     return nested
 
 
@@ -128,7 +130,7 @@ class Run:
         by default if the run has it. `round`: by default the newest checkpoint's. UserError if there is no such model.
         """
         saved, client, ema = self._choose(client, ema, round)
-        return federation.model_of(saved, client, ema).eval().to(device)
+        return federation.model_of(saved, client, ema).eval().to(_device(device))
 
     def sample(
         self,
@@ -148,24 +150,46 @@ class Run:
         starts from its own noise of `seed`, by default the run's, and `first` is the number of the first one.
         """
         saved, client, ema = self._choose(client, ema, round)
-        config = saved.config
+        config = replace(saved.config, runtime=RuntimeConfig())  # as the command has it
+        n, first, seed = _whole("n", n), _whole("first", first), None if seed is None else _whole("seed", seed)
         sampling.check_numbers(n, first, seed)
         if classes is not None:
+            given = classes if isinstance(classes, Iterable) else [classes]
+            classes = [_whole("classes", number) for number in given]
             sampling.check_classes(classes, config.model.classes, classes)
-        trainer = Trainer(config, torch.device(device))
+        trainer = Trainer(config, _device(device))
         saved.fill(trainer.buckets, client, ema)
         seeded = config if seed is None else replace(config, run=replace(config.run, seed=seed))
         drawn = sampling.draw_all(SoloCommunicator(), trainer, seeded, n, client, saved.round, first, classes)
         low, high = config.data.range or (0, 255)
-        return (drawn.float() - low) / (high - low)
+        return ((drawn.float() - low) / (high - low)).clamp(0, 1)
 
     def _choose(self, client: int | None, ema: bool | None, round: int | None) -> tuple[Saved, int | None, bool]:
         """The checkpoint, the client and whether its moving average is meant."""
         kept = self.checkpoints
-        if round is not None and round not in kept:
-            raise UserError(f"round: {round} has no checkpoint in {self.path}; it has {', '.join(map(str, kept))}")
+        client = None if client is None else _whole("client", client)
+        if round is not None and _whole("round", round) not in kept:
+            has = f"it has {', '.join(map(str, kept))}" if kept else "it has none yet"
+            raise UserError(f"round: {round} has no checkpoint in {self.path}; {has}")
         saved = federation.open_checkpoint(self.path if round is None else kept[round])
         return saved, *federation.choose_model(saved, client, ema)
+
+
+def _whole(name: str, value: Any) -> int:
+    """The number. UserError if it is no whole one."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UserError(f"{name}: {value!r} is not valid; it must be a whole number")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: {device!r} is not valid ({first_line(error)}); use cpu or cuda:0") from None
 
 
 def train(config: Config, *, ranks: int = 1, resume: bool = False) -> Run:
@@ -174,6 +198,8 @@ def train(config: Config, *, ranks: int = 1, resume: bool = False) -> Run:
     The ranks are started as `torchrun` would; what they print is printed here. With `resume` it goes on from the
     newest checkpoint of the run folder. UserError and RunError have the line that the command would end with.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config: a {type(config).__name__} is not valid; make one by fdiff.load_config")
     _check_is_alone(ranks)
     if ranks == 1:
         _train_here(config, resume)
@@ -205,10 +231,13 @@ def _train_here(config: Config, resume: bool) -> None:
 
 
 def _train_in(ranks: int, config: Config, resume: bool) -> None:
+    code = []
     for field in registry.FIELDS:
         if registry.is_registered(field, name := flat(to_dict(config))[field]):
             raise UserError(f"{field}: {name!r} is known to this process alone; name it as MODULE:NAME, for the ranks")
-    code = [f"--{f}={v}" for f, v in flat(to_dict(config)).items() if f in registry.FIELDS and registry.is_reference(v)]
+        if registry.is_reference(name):
+            registry.find(field, name)  # as one rank would: refused unless the caller has named it
+            code.append(f"--{field}={name}")
     flags = [*(["--resume"] if resume else []), *(["--data.changed=true"] if config.data.changed else [])]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
@@ -238,6 +267,9 @@ def _carry_out(words: Sequence[str]) -> None:
                     print(line, end="", flush=True)
         except BaseException:  # the ranks finish what they keep of a stopped run, as after Ctrl-C in a terminal
             process.send_signal(signal.SIGTERM)
+            for line in process.stdout:
+                print(line, end="", flush=True)
+            process.wait()
             raise
     if process.returncode:
         kind = UserError if statuses == {"2"} else RunError

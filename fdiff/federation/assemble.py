@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from fdiff.federation.client import Client, Trainer
 from fdiff.federation.compressed import FACTORS, SENT_EMA, CompressedAggregation, compresses
 from fdiff.federation.forecast import itemsize, placement_for, plan_of
 from fdiff.federation.host import Host
-from fdiff.federation.initial import Weights, read_initial
+from fdiff.federation.initial import Weights, find_initial, read_initial
 from fdiff.federation.memory import memory_of_rank, shortage
 from fdiff.federation.training_images import OpenedData, open_data
 from fdiff.federation.validate import has_client_files, shared_parts
@@ -196,7 +197,8 @@ def initial_weights(config: Config, comm: Communicator, resume: bool) -> Weights
         return None
     if resume and on_rank_0(comm, lambda: bool(checkpoint.generations(config.run_dir))):
         return None
-    return together(comm, lambda: read_initial(config))
+    newest = on_rank_0(comm, lambda: str(find_initial(Path(config.model.init))))  # a run may go on meanwhile
+    return together(comm, lambda: read_initial(config, Path(newest)))
 
 
 def check_request(config: Config, ranks: int) -> None:

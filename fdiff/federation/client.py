@@ -101,6 +101,7 @@ class Trainer:
         self._shared = self.buckets.span(self.shared_parts)
         self.anchor = torch.zeros_like(self.buckets.flat[self._shared]) if config.federation.proximal_mu else None
         self._noise = torch.Generator(device)
+        self._dropout = 0
         self._loss = capture.compiled(diffusion.loss, device, execution)
         self._denoiser = capture.compiled(self.model, device, execution)
         self._captures = capture.captures(device, execution)
@@ -138,7 +139,8 @@ class Trainer:
         """
         started = time.perf_counter()
         shuffling = seeds.torch_stream(self.config.run.seed, "shuffling", client.index, round)
-        torch.manual_seed(seeds.derive(self.config.run.seed, "dropout", client.index, round))  # of the user's own model
+        self._dropout = seeds.derive(self.config.run.seed, "dropout", client.index, round)
+        torch.manual_seed(self._dropout)  # of models that have some
         # The same generator each time: a captured step draws from the one that it was captured with.
         self._noise.manual_seed(seeds.derive(self.config.run.seed, "noise", client.index, round))
         epochs: list[float] = []
@@ -174,6 +176,7 @@ class Trainer:
             self._batch = images.clone(), labels.clone()
             state = [self.buckets.flat, *self._moments.values(), *self.working.values()]
             self._graph = capture.Graph(lambda: self._step(*self._batch), state, self._noise)
+            torch.manual_seed(self._dropout)  # it is a client's first step, and the capture has drawn of dropout
         for memory, values in zip(self._batch, (images, labels), strict=True):
             memory.copy_(values)
         return self._graph.replay().clone()

@@ -48,6 +48,7 @@ def save_pipeline(folder: Path, saved: Saved, client: int | None, ema: bool) -> 
     """
     if (kind := saved.config.model.kind) != KIND:
         raise UserError(f"--format: diffusers has no class for model.kind {kind} of {saved.path}; leave it out")
+    folder = folder.absolute()
     check_folder(folder)
     model, notes = model_of(saved, client, ema), differences(saved.config)
     whose = "of the global model" if client is None else f"of client {client}"
@@ -136,17 +137,21 @@ def _card(config: Config, what: str, notes: list[str]) -> str:
             "    for t in scheduler.timesteps:\n"
             "        x = scheduler.step(unet(x, t, labels).sample, t, x).prev_sample\n"
         )
-        use = f"import torch\nfrom diffusers import DDPMScheduler, UNet2DModel\n\n{use}"
-    else:
+        use, images = f"import torch\nfrom diffusers import DDPMScheduler, UNet2DModel\n\n{use}", "x is in [-1, 1]."
+    else:  # pictures have 1 or 3 channels, or transparency
+        form = "" if channels in (1, 3) else ', output_type="np"'
+        call = f"pipeline(batch_size=4, num_inference_steps={timesteps}{form})"
         use = (
             "from diffusers import DDPMPipeline\n\n"
-            f'images = DDPMPipeline.from_pretrained("DIR")(batch_size=4, num_inference_steps={timesteps}).images\n'
+            f'pipeline = DDPMPipeline.from_pretrained("DIR")\nimages = {call}.images\n'
         )
+        images = "The images are an array in [0, 1]." if form else "The images are PIL's."
     listed = "".join(f"- {note}.\n" for note in notes)
     return (
         f"A diffusion model for {side}x{side} images of {channels} channels, trained by fdiff {__version__}:\n{what}, "
         f"method {config.method}, {config.federation.clients} clients.\n\n```python\n{use}```\n\n"
-        "Images are in [-1, 1].\n" + (f"\nWhat differs from how the run draws:\n\n{listed}" if notes else "")
+        + (f"{images}\n")
+        + (f"\nWhat differs from how the run draws:\n\n{listed}" if notes else "")
     )
 
 

@@ -57,6 +57,7 @@ class Federator:
         self.rows: dict[str, list[Row]] = {}
         """The rows of the logs so far."""
         self._events: Events | None = None
+        self._lock: int | None = None
         self._left = Forecast(config.federation.rounds)
 
     def made_by(self, job: str | None) -> bool:
@@ -78,7 +79,7 @@ class Federator:
         check_folder(self.dir, resume)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            lock(self.dir / LOCK)
+            self._lock = lock(self.dir / LOCK)
         except BlockingIOError:
             raise UserError(f"run.dir: '{self.dir}' is in use by another job; choose another folder") from None
         except OSError as error:
@@ -179,9 +180,12 @@ class Federator:
         return self.dir / "samples" / f"round-{round:06d}.png"
 
     def close(self) -> None:
-        """Flush the events."""
+        """Flush the events, and let others have the folder."""
         if self._events is not None:
             self._events.close()
+        if self._lock in _locks:
+            _locks.remove(self._lock)
+            os.close(self._lock)
 
 
 class NoFederator:
@@ -257,8 +261,10 @@ def _leave_locks_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
-def lock(path: Path) -> None:
-    """Hold the file for as long as this process lives, its children apart; BlockingIOError if another process does.
+def lock(path: Path) -> int:
+    """Hold the file while its descriptor, which is returned, is open in this process; its children do not hold it.
+
+    BlockingIOError if another process does.
 
     Some file systems have no locks; there the user must see to it, and is told so.
     """
@@ -271,3 +277,4 @@ def lock(path: Path) -> None:
             raise
         log.warning("%s cannot be locked (%s); let no other job use this run folder", path, error.strerror)
     _locks.append(descriptor)
+    return descriptor

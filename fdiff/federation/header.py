@@ -11,7 +11,8 @@ from fdiff.config import Config
 from fdiff.federation.assemble import RankSetup
 from fdiff.federation.forecast import bytes_by_purpose
 from fdiff.federation.memory import GIB, Memory, memory_of_rank
-from fdiff.plan import hosted_at, shared_parts
+from fdiff.federation.validate import shared_parts
+from fdiff.plan import hosted_at
 
 MOST_PARTS, MOST_HOSTS = 6, 4  # more are summed up
 END = "end: an estimate follows the first round"
@@ -49,7 +50,7 @@ def header_lines(
         *_data(notes),
         f"clients: {_clients(setting['clients'])}",
         f"model: {config.model.kind}, {_parameters(sizes)}",
-        f"method: {config.method}, shares {', '.join(shared_parts(config.method, tuple(sizes)))}",
+        f"method: {config.method}, shares {', '.join(shared_parts(config))}",
         f"round: local epochs {fed.local_epochs}, on the wire {_bytes(sent)}",
         f"memory: at least {_memory(memory, on_gpu)}",
         *[END] * (fed.rounds - last_round > 1),

@@ -5,10 +5,11 @@ Names and shapes are compared before memory is taken, then the values are read, 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fdiff.config import KINDS, Config, to_dict
 from fdiff.config_file import read_unet2d
 from fdiff.errors import UserError
 from fdiff.federation.export import FORMAT, check_choice, config_of, model_of, weights_of
+from fdiff.federation.export_diffusers import scheduler_settings
 from fdiff.federation.saved import find_checkpoint, read_checkpoint
 from fdiff.federation.validate import check_global
 from fdiff.model import describe_model
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type")  # of a scheduler
+MAX_SCHEDULER = 100_000  # characters
 MAX_LISTED = 6  # of what does not fit, in one line
 FLOATS = ("F16", "BF16", "F32", "F64")
 UNET_UNSEEN = ("heads", "head_dim", "bottleneck_attention", "bottleneck_select")
@@ -42,21 +46,34 @@ _FORMER = re.compile(rf"(?<=\.)({'|'.join(FORMERLY)})(?=\.(weight|bias)$)")
 class Source:
     """Weights that nobody has read yet: the shape of each, by its name; `read` reads them.
 
-    `settings` has of such a model what shapes do not show. `config` is that of the run they are from, if there is one.
+    `settings` has of such a model what shapes do not show, `diffusion` of the noise that it was trained on what
+    is known. `config` is that of the run they are from, if there is one.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[], Weights]
     settings: Mapping[str, Any]
+    diffusion: Mapping[str, Any] = field(default_factory=dict)
     config: Config | None = None
 
 
-def read_initial(config: Config) -> Weights:
+def find_initial(path: Path) -> Path:
+    """What is read of this `model.init`: of a run its newest checkpoint. UserError if it has none."""
+    if not checkpoint.root(path).is_dir():
+        return path
+    try:
+        return find_checkpoint(path)[0]
+    except UserError as error:
+        raise UserError(f"model.init: {error}") from None
+
+
+def read_initial(config: Config, path: Path | None = None) -> Weights:
     """The weights with which a run of this configuration begins, by parameter name; on the CPU, in its precision.
 
-    UserError that begins with model.init if they cannot be read, are not those of its model, or are not finite.
+    `path` is what `find_initial` makes of `model.init`. UserError that begins with model.init if they cannot be read,
+    are not those of its model, or are not finite.
     """
-    path = Path(config.model.init or "")
+    path = path or find_initial(Path(config.model.init or ""))
     try:
         source = _open(path, config)
         _check_fit(path, source, config)
@@ -67,8 +84,8 @@ def read_initial(config: Config) -> Weights:
             raise UserError(f"{path}: {bad[0]} is not finite (NaN or infinity); use other weights")
     except UserError as error:
         raise UserError(str(error) if str(error).startswith("model.init") else f"model.init: {error}") from None
-    if source.config and (other := _differences(to_dict(source.config.diffusion), to_dict(config.diffusion))):
-        log.warning("model.init: %s is from a run with another diffusion: %s", path, "; ".join(other))
+    if other := _differences(source.diffusion, {**to_dict(config.diffusion), **scheduler_settings(config)}):
+        log.warning("model.init: %s was trained with another diffusion: %s", path, "; ".join(other))
     return weights
 
 
@@ -106,22 +123,23 @@ def _of_run(path: Path, config: Config) -> Source:
         check_choice(saved, client, False, "model.init_client")
         return weights_of(model_of(saved, client, saved.has_ema))
 
-    return Source(_shapes_of(theirs), read, _settings_of(theirs), theirs)
+    return Source(_shapes_of(theirs), read, _settings_of(theirs), to_dict(theirs.diffusion), theirs)
 
 
 def _check_code(path: Path, fields: Any) -> None:
     """UserError if a run needs code that nobody has named: the flags name that of the run that begins."""
     fields = fields if isinstance(fields, dict) else {}
     model = fields.get("model") if isinstance(fields.get("model"), dict) else {}
-    for field, name in (("method", fields.get("method")), ("model.kind", model.get("kind"))):
-        if isinstance(name, str) and registry.is_reference(name) and name not in registry.allowed(field):
+    for of, name in (("method", fields.get("method")), ("model.kind", model.get("kind"))):
+        if isinstance(name, str) and registry.is_reference(name) and name not in registry.allowed(of):
             raise UserError(f"{path}: was made with {name}, which is code; start from a file of fdiff export")
 
 
 def _of_file(path: Path, config: Config) -> Source:
     shapes, metadata = _header_of(path, config)
     theirs = config_of(path, metadata) if metadata.get("format") == FORMAT else None
-    return Source(shapes, lambda: _load(path, config), _settings_of(theirs) if theirs else {}, theirs)
+    settings, diffusion = (_settings_of(theirs), to_dict(theirs.diffusion)) if theirs else ({}, {})
+    return Source(shapes, lambda: _load(path, config), settings, diffusion, theirs)
 
 
 def _of_diffusers(folder: Path, config: Config) -> Source:
@@ -133,14 +151,29 @@ def _of_diffusers(folder: Path, config: Config) -> Source:
             "model as one file by save_pretrained, which does not pickle: pickles are never read"
         )
     options = read_unet2d(folder / "config.json")
-    settings = {name: options[name] for name in config_unet2d.UNSEEN}
-    return Source(_header_of(file, config)[0], lambda: _load(file, config), settings)
+    settings = _same_functions({name: options[name] for name in config_unet2d.UNSEEN})
+    return Source(_header_of(file, config)[0], lambda: _load(file, config), settings, _scheduler_beside(folder))
+
+
+def _scheduler_beside(unet: Path) -> dict[str, Any]:
+    """What a pipeline's scheduler says of the noise; nothing where there is none, or none that can be read."""
+    try:
+        text = (unet.parent / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")[:MAX_SCHEDULER]
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: found[name] for name in NOISE if name in found} if isinstance(found, dict) else {}
+
+
+def _same_functions(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with one name for a function that has two."""
+    return {**settings, "act_fn": "silu"} if settings.get("act_fn") == "swish" else settings
 
 
 def _settings_of(config: Config) -> dict[str, Any]:
     if config.model.kind == "unet2d":
         whole = config_unet2d.complete(config.model)
-        return {name: whole[name] for name in config_unet2d.UNSEEN}
+        return _same_functions({name: whole[name] for name in config_unet2d.UNSEEN})
     return {name: getattr(config.model, name) for name in UNET_UNSEEN} if config.model.kind == "unet" else {}
 
 

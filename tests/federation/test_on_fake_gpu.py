@@ -60,7 +60,7 @@ MAY_WAIT = {
     "federation.sampling.draw": "are a batch's images finite",
     "federation.host.parameters": "a client's private parts come back for its grid",
     "federation.host.shared_range": "a moving average comes back",
-    "federation.same_code.check_same_code": "initial weights, and what is frozen, are compared, once a start",
+    "federation.same_code._sample": "initial weights, and what is frozen, are compared, once a start",
     "federation.snapshot._complete_copies": "a checkpoint's copies are complete",
     "federation.snapshot._fill": "a checkpoint's values go to the device",
     "model.unet.__init__": "the frequencies of the timesteps go to the device, once",
