@@ -112,6 +112,25 @@ def test_ranks_that_a_launcher_started_do_not_each_train(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_configuration_is_not_trained():
+    with pytest.raises(fdiff.UserError, match="config: a dict is not valid; make one by fdiff.load_config"):
+        fdiff.train({"method": "udec"})
+
+
+def test_code_that_a_run_names_is_loaded_by_no_rank_unless_it_is_named_again(tmp_path):
+    write_run(tmp_path)
+    text = (tmp_path / "config.yaml").read_text().replace("method: udec", "method: evil_module:table")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(fdiff.UserError, match="method: 'evil_module:table' is code, which is loaded only where"):
+        fdiff.train(fdiff.open_run(tmp_path).config, ranks=2, resume=True)
+
+
+def test_the_callers_fields_stay_as_they_are():
+    group = {"rounds": 2}
+    config = fdiff.load_config(**{"federation": group, "federation.clients": 3})
+    assert group == {"rounds": 2} and (config.federation.rounds, config.federation.clients) == (2, 3)
+
+
 @pytest.mark.parametrize("ranks", [0, -1, 1.0, True, "2", 10**6])
 def test_a_number_of_ranks_that_makes_no_sense_is_refused(tmp_path, ranks):
     with pytest.raises(fdiff.UserError, match="ranks: .* is not valid; it must be a whole number from 1 to 1024"):
@@ -133,6 +152,19 @@ def test_a_run_is_opened_when_it_is_trained(trained):
     assert len(trained.clients) == 4 and trained.scores == []
     with pytest.raises(fdiff.UserError, match="exists already; choose another, or pass --resume"):
         fdiff.train(trained.config)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_the_same_process(tmp_path):
+    """Also after a start that was refused; and parts that are not trained are not shared."""
+    wrong = tiny(tmp_path / "run", **{"model.init": tmp_path / "none"})
+    with pytest.raises(fdiff.UserError, match="model.init: .*none: is not there"):
+        fdiff.train(wrong)
+    config = tiny(tmp_path / "run", method="ulatdec", **{"federation.rounds": 1, "model.train": "decoder"})
+    run = fdiff.train(config, resume=True)
+    assert run.rounds[0]["reporters"] == {"decoder": [0, 1]}
+    more = replace(config, federation=replace(config.federation, rounds=2))
+    assert [row["round"] for row in fdiff.train(more, resume=True).rounds] == [1, 2]
 
 
 @pytest.mark.slow
@@ -170,6 +202,12 @@ def test_its_model_is_a_module_that_predicts_noise(trained):
         (lambda run: run.sample(0), "--images: 0 is not valid"),
         (lambda run: run.sample(1, seed=-1), "--seed: -1 is not valid"),
         (lambda run: run.sample(1, classes=[0]), "--classes: .* was trained without classes"),
+        (lambda run: run.sample(1, classes=3), "--classes: .* was trained without classes"),
+        (lambda run: run.sample(1, classes=[0.5]), "classes: 0.5 is not valid; it must be a whole number"),
+        (lambda run: run.sample(2.0), "n: 2.0 is not valid; it must be a whole number"),
+        (lambda run: run.model(client=True), "client: True is not valid; it must be a whole number"),
+        (lambda run: run.model(client="0"), "client: '0' is not valid; it must be a whole number"),
+        (lambda run: run.model(device="gpu"), "device: 'gpu' is not valid"),
     ],
 )
 def test_a_model_that_is_not_there_is_refused(trained, call, says):
