@@ -158,7 +158,7 @@ def idle_note(config: Config, placement: Placement, images: Images = None) -> st
     fewest, more = math.ceil(fed.clients / most), math.ceil(fed.clients / (most - 1))
     note += f"; ranks with nothing to do for 1/{most} of each round: {short}"
     same = f"{fewest} ranks as long, " if fewest < ranks else ""
-    return f"{note}; it would take {same}{more} ranks {most - 1}/{most} of the time"
+    return f"{note}; it would take {same}{more} ranks {math.ceil(fed.clients / more)}/{most} of the time"
 
 
 def _compressed(config: Config, payload: Payload, first: RoundPlan, placement: Placement) -> dict[str, Any]:
