@@ -28,6 +28,7 @@ from fdiff.config import (
     SampleConfig,
 )
 from fdiff.federation import Trainer, model_of, open_checkpoint, run, sampling, save_model, save_pipeline
+from fdiff.federation.export_diffusers import scheduler_settings
 from fdiff.model import alphas_cumprod, diffusion
 from fdiff.model.noise import normal
 
@@ -169,3 +170,19 @@ def test_it_is_refused_in_one_line(runs, tmp_path, capsys):
         assert told in said and said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
     assert files(tmp_path / "full") == {"thesis.tex": b"precious"}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("objective", ["noise", "v"])
+def test_the_scheduler_has_the_runs_noise_and_what_it_predicts(schedule, objective):
+    noise = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective)
+    settings = scheduler_settings(replace(BASE, diffusion=noise))
+    scheduler = DDPMScheduler.from_config(settings)
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alphas_cumprod(noise), rtol=1e-4, atol=1e-7)
+    x, predicted = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    scheduler.set_timesteps(60)
+    sampler = diffusion.make_sampler(noise, SampleConfig(clip=True))
+    for i in (0, 30, 59):  # without the noise of the step, which is drawn
+        x0 = (sampler.p[i] * x - sampler.q[i] * predicted).clamp(-1, 1).float()
+        theirs = scheduler.step(predicted, int(sampler.t[i]), x, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(theirs.pred_original_sample, x0, rtol=1e-4, atol=1e-4)
