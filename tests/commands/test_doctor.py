@@ -45,7 +45,7 @@ def take_away(packages: tuple[str, ...], env: dict[str, str], rank: int) -> None
         ("torchrun", "gloo", 2),
         ("openmpi", "mpi", 2),
         pytest.param("mpich", "mpi", 2, marks=pytest.mark.rare),  # another library, the same table
-        ("srun", "gloo", 3),
+        pytest.param("srun", "gloo", 3, marks=pytest.mark.rare),  # another launcher, the same table
     ],
 )
 def test_one_table_for_all_ranks(name, backend, ranks, request, tmp_path):

@@ -83,6 +83,7 @@ def test_help_can_be_said_in_ascii(command, monkeypatch, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # what it prints by the same streams as the texts of help
 def test_a_terminal_without_our_signs_gets_the_result(tmp_path):
     """The scores of two clients have a mean ± deviation, and their folder a name with a line of its own."""
     words = [*TINY, "--federation.clients", 2, "--federation.rounds", 1, "--method", "udec", "--run.dir", "ü\n\u202eb"]
@@ -101,6 +102,7 @@ def in_ascii(env: dict[str, str], folder, *words: object) -> Done:
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # a locale that few have
 def test_a_locale_that_cannot_name_a_file_is_one_line(tmp_path):
     """Python has such a name as halves of letters, with which TensorBoard would fail after the first round."""
     env = clean_env(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")

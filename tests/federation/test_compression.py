@@ -94,6 +94,7 @@ def test_a_dropped_client_changes_the_weights_of_the_others_on_any_number_of_ran
     assert largest_difference(*ends) == 0
 
 
+@pytest.mark.rare  # the sums of whole numbers are tested under MPI in tests/comm
 def test_over_mpi_as_over_gloo(tmp_path: Path) -> None:
     from jobs import BIN, execute
 

@@ -156,6 +156,7 @@ def waiting(slurm_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     return jobs
 
 
+@pytest.mark.rare  # test_requeue.py runs two tasks of it
 @pytest.mark.usefixtures("waiting")  # they wait meanwhile
 def test_array_template_covers_methods_and_seeds(slurm_cluster: Cluster, tmp_path: Path) -> None:
     path, env = ROOT / "slurm" / "array.sbatch", recorder(tmp_path)
